@@ -1,0 +1,232 @@
+"""The iterative decoder: from all [MASK] to a full sequence in K steps.
+
+In every step the model predicts all masked positions at once; the most confident predictions are
+revealed and stay, the others are predicted again.  With z the logits of a position and T the
+temperature,
+
+    p = softmax(z / T)         the id of [MASK] left out: its logit is -inf
+    token = arg max z          or, with an rng, drawn from p
+    confidence = p[token]
+
+How many are revealed in a step is the reveal schedule's word (`marref.schedules`).  Chang et al.
+2022 (MaskGIT, arXiv 2202.04200, section 3.1) introduced the scheme.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from marref import checks
+from marref.model import MAR, encode, head_forward
+from marref.schedules import SCHEDULES, Schedule
+from marref.trees import Array, Tree
+
+ORDERS = ("confidence", "random")
+
+
+def iterative_decode(
+    model: MAR,
+    params: Tree,
+    *,
+    seq_len: int | None = None,
+    vocab_size: int | None = None,
+    num_steps: int = 8,
+    mask_token_id: int = 0,
+    temperature: float = 1.0,
+    batch_size: int | None = None,
+    tokens: npt.ArrayLike | None = None,
+    schedule: str | Schedule = "cosine",
+    order: str = "confidence",
+    rng: np.random.Generator | None = None,
+    choice_temperature: float = 0.0,
+    exclude_mask_token: bool = True,
+    return_steps: bool = False,
+) -> npt.NDArray[np.int64] | Any:
+    """Generate sequences by revealing the most confident tokens first.
+
+    Parameters
+    ----------
+    model : MAR
+    params : dict
+    seq_len : int, optional
+        Length of the result, at most ``model.seq_len``, which is the default (256 in MAR's
+        specification, for the model as for the decoder).
+    vocab_size : int, optional
+        For symmetry with MAR's specification; must be ``model.vocab_size``, the default.
+    num_steps : int
+        K, the number of steps; a sequence with fewer masked positions takes one step for each.
+    mask_token_id : int
+    temperature : float
+        T > 0.  Scales the confidence, and the distribution that tokens are drawn from; arg max
+        does not depend on it.
+    batch_size : int, optional
+        Number of sequences, 1 unless ``tokens`` say otherwise.
+    tokens : integer array [batch_size, seq_len], optional
+        What is known: only positions that hold [MASK] are filled (inpainting).
+    schedule : {"cosine", "linear"} or callable
+        Reveal counts: ``(num_masked, num_steps) -> counts``, see `marref.schedules`.
+    order : {"confidence", "random"}
+        What is revealed first: the most confident tokens, or positions at random (needs ``rng``).
+    rng : numpy.random.Generator, optional
+        Given, tokens are drawn from softmax(logits / temperature).  Absent, they are the arg max,
+        and the result is deterministic.
+    choice_temperature : float
+        Gumbel noise of this scale, times (1 - k/K) in step k, is added to the log-confidence
+        before positions are chosen (MaskGIT's published code, where it is 4.5); needs ``rng``.
+    exclude_mask_token : bool
+        False computes softmax and arg max over all ids, as some implementations do.  [MASK] may
+        then be emitted; its position counts as revealed.
+    return_steps : bool
+
+    Returns
+    -------
+    tokens : int64 array [batch_size, seq_len]
+    steps : dict
+        With ``return_steps``, the state after every step: ``tokens`` and ``mask`` (True where
+        still masked) [num_steps, batch_size, seq_len], and ``confidence`` of the same shape and
+        the model's dtype: where still masked, that of the latest prediction; where revealed, that
+        with which it was; 1 where known from the start.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is of another type or outside its range, two contradict each other, the
+        schedule's counts do not add up, or the model's logits are not finite.
+
+    Notes
+    -----
+    Equal confidences: the lower position is revealed first.  Equal logits: the lower id wins.
+    Gumbel noise is drawn in float64: in float32 its tails are cut off (arXiv 2409.02908).
+    """
+    tokens = _start(model, seq_len, vocab_size, batch_size, mask_token_id, tokens)
+    model.check_inputs(params, tokens)
+    dtype = params["head"]["bias"].dtype
+    if dtype.kind == "c":
+        raise TypeError(f"params: dtype {dtype}, expected float32 or float64")
+    checks.integer("num_steps", num_steps, 1)
+    temperature = checks.real("temperature", temperature, "(0, inf)")
+    choice_temperature = checks.real("choice_temperature", choice_temperature, "[0, inf)")
+    checks.choice("order", order, ORDERS)
+    if not callable(schedule):
+        schedule = SCHEDULES[checks.choice("schedule", schedule, SCHEDULES)]
+    if rng is not None:
+        checks.generator("rng", rng)
+    elif order == "random" or choice_temperature > 0:
+        raise ValueError('rng: received None, but order="random" and choice_temperature need one')
+    if order == "random" and choice_temperature > 0:
+        raise ValueError(
+            f"choice_temperature: received {choice_temperature}, "
+            'expected 0 with order="random", which does not look at confidence'
+        )
+
+    masked = tokens == mask_token_id
+    counts, num_rounds = _reveal_counts(schedule, masked.sum(axis=1), num_steps)
+    confidence = np.ones(tokens.shape, dtype)
+    trace_shape = (counts.shape[1], *tokens.shape)
+    steps = {
+        "tokens": np.empty(trace_shape, np.int64),
+        "mask": np.empty(trace_shape, np.bool_),
+        "confidence": np.empty(trace_shape, dtype),
+    }
+    for step in range(counts.shape[1]):
+        unfinished = masked.any(axis=1)
+        hidden = encode(model, params, tokens[unfinished])
+        logits, _ = head_forward(model, params, hidden[masked[unfinished]])
+        checks.finite("logits", logits)
+        if exclude_mask_token:
+            logits[:, mask_token_id] = -np.inf
+        predicted, log_confidence = _predict(logits, temperature, rng)
+        confidence[masked] = np.exp(log_confidence)
+
+        priority = np.full(tokens.shape, -np.inf)
+        priority[masked] = log_confidence
+        if rng is not None and order == "random":
+            priority[masked] = rng.random(len(predicted))
+        elif rng is not None and choice_temperature > 0:
+            annealed = choice_temperature * (1.0 - (step + 1) / np.maximum(num_rounds, 1))
+            priority += annealed[:, np.newaxis] * rng.gumbel(size=tokens.shape)
+
+        # Stable, so that of equal priorities the lower position comes first.
+        rank = np.argsort(np.argsort(-priority, axis=1, kind="stable"), axis=1)
+        reveal = masked & (rank < counts[:, step, np.newaxis])
+        tokens[reveal] = predicted[reveal[masked]]
+        masked &= ~reveal
+        steps["tokens"][step] = tokens
+        steps["mask"][step] = masked
+        steps["confidence"][step] = confidence
+    return (tokens, steps) if return_steps else tokens
+
+
+def _start(
+    model: MAR,
+    seq_len: int | None,
+    vocab_size: int | None,
+    batch_size: int | None,
+    mask_token_id: int,
+    tokens: npt.ArrayLike | None,
+) -> npt.NDArray[np.int64]:
+    """Check the arguments that say where decoding starts; return the tokens it starts from."""
+    if not isinstance(model, MAR):
+        raise TypeError(f"model: received {type(model).__name__}, expected a marref.MAR")
+    if vocab_size is not None and vocab_size != model.vocab_size:
+        raise ValueError(
+            f"vocab_size: received {vocab_size}, expected the model's {model.vocab_size}"
+        )
+    checks.integer("mask_token_id", mask_token_id, 0, model.vocab_size - 1)
+    if batch_size is not None:
+        checks.integer("batch_size", batch_size, 1)
+    if seq_len is not None:
+        checks.integer("seq_len", seq_len, 1, model.seq_len)
+    if tokens is None:
+        shape = (batch_size or 1, seq_len or model.seq_len)
+        return np.full(shape, mask_token_id, np.int64)
+    known = checks.token_ids("tokens", tokens, model.vocab_size, ndim=2).astype(np.int64)
+    checks.shape("tokens", known, (batch_size or known.shape[0], seq_len or known.shape[1]))
+    return known
+
+
+def _reveal_counts(
+    schedule: Schedule, num_masked: Array, num_steps: int
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Reveal counts [batch, steps], and the number of steps of each sequence [batch].
+
+    Sequences with fewer steps than others get zeros at the end.
+    """
+    rows = []
+    for masked in map(int, num_masked):
+        row = np.asarray(schedule(masked, num_steps))
+        if row.ndim != 1 or row.dtype.kind not in "iu" or (row < 0).any() or row.sum() != masked:
+            raise ValueError(
+                f"schedule: returned {row!r} for {masked} masked positions, "
+                f"expected integers >= 0 with the sum {masked}"
+            )
+        rows.append(row)
+    num_rounds = np.array([len(row) for row in rows])
+    counts = np.zeros((len(rows), num_rounds.max()), np.int64)
+    for padded, row in zip(counts, rows, strict=True):
+        padded[: len(row)] = row
+    return counts, num_rounds
+
+
+def _predict(
+    logits: Array, temperature: float, rng: np.random.Generator | None
+) -> tuple[npt.NDArray[np.intp], Array]:
+    """Predict a token from each row of logits, with the logarithm of its confidence.
+
+    With z the logits less their maximum, over T, log p[token] = z[token] - log(1 + Σ′ exp z),
+    where Σ′ leaves the maximum out.  log1p keeps apart what a float32 probability would round
+    to 1: ties among sure tokens that exact arithmetic does not have.
+    """
+    every_row = np.arange(len(logits))
+    best = logits.argmax(axis=1)
+    with np.errstate(over="ignore"):
+        scaled = (logits - logits[every_row, best][:, np.newaxis]) / temperature
+    exponentials = np.exp(scaled)
+    exponentials[every_row, best] = 0.0
+    log_total = np.log1p(exponentials.sum(axis=1))
+    predicted = best
+    if rng is not None:
+        # arg max(log p + Gumbel noise) is a draw from p (Gumbel 1954).
+        predicted = (scaled + rng.gumbel(size=scaled.shape)).argmax(axis=1)
+    return predicted, scaled[every_row, predicted] - log_total

@@ -1,0 +1,135 @@
+"""Multi-head self-attention (Vaswani et al. 2017, arXiv 1706.03762, eq. 1 and section 3.2.2).
+
+For each head, with d = head_dim = embed_dim / num_heads:
+
+    S = Q Kᵀ / √d,     A = softmax(S) over the keys,     C = A V
+
+Q, K and V are linear maps of the input; the heads' C, side by side, pass through a fourth.
+Attention is bidirectional: every position sees every other.
+"""
+
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+from marref.layers import linear
+from marref.trees import Array, Tree
+
+
+def init(
+    rng: np.random.Generator, embed_dim: int, output_std: float, dtype: npt.DTypeLike = np.float64
+) -> Tree:
+    """Draw the four projections.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+    embed_dim : int
+    output_std : float
+        Standard deviation of the output kernel, which writes to the residual stream.
+    dtype : dtype
+
+    Returns
+    -------
+    dict
+        ``query``, ``key``, ``value``, ``output``: linear layers [embed_dim, embed_dim].
+    """
+    params = {
+        name: linear.init(rng, embed_dim, embed_dim, dtype=dtype)
+        for name in ("query", "key", "value")
+    }
+    return {**params, "output": linear.init(rng, embed_dim, embed_dim, output_std, dtype)}
+
+
+def forward(params: Tree, x: Array, num_heads: int) -> tuple[Array, Tree]:
+    """Let every position gather from all positions.
+
+    Parameters
+    ----------
+    params : dict
+    x : array [batch, length, embed_dim]
+    num_heads : int
+        Divides embed_dim; head h reads the h-th run of head_dim features.
+
+    Returns
+    -------
+    y : array [batch, length, embed_dim]
+    cache : dict
+        ``input`` x; ``query``, ``key``, ``value`` [batch, num_heads, length, head_dim];
+        ``weights`` A [batch, num_heads, length, length], keys last;
+        ``context`` C [batch, length, embed_dim], the heads side by side.
+    """
+    query, key, value = (
+        _split_heads(linear.forward(params[name], x)[0], num_heads)
+        for name in ("query", "key", "value")
+    )
+    weights = _softmax(query / math.sqrt(query.shape[-1]) @ key.mT)
+    context = _merge_heads(weights @ value)
+    y, _ = linear.forward(params["output"], context)
+    return y, {
+        "input": x,
+        "query": query,
+        "key": key,
+        "value": value,
+        "weights": weights,
+        "context": context,
+    }
+
+
+def backward(params: Tree, dy: Array, cache: Tree) -> tuple[Array, Tree]:
+    """Push ``dy`` back through output, C = A V, softmax, S = Q Kᵀ/√d and the projections.
+
+    The products are linear in each factor: from C = A V follow dA = dC Vᵀ and dV = Aᵀ dC, from
+    S = Q Kᵀ/√d follow dQ = dS K/√d and dK = dSᵀ Q/√d.  For a row a = softmax(s),
+
+        ∂a_j/∂s_i = a_j (δ_ij - a_i)     so     ds_i = a_i (da_i - Σ_j a_j da_j)
+
+    The input feeds three projections; their gradients add.
+
+    A bias added to every key moves a whole row of S by a constant, which softmax ignores: the
+    gradient of the key bias is exactly 0, and what is computed for it is rounding.
+
+    Returns
+    -------
+    dx : array [batch, length, embed_dim]
+    grads : dict
+        Like ``params``.
+    """
+    query, key, value, weights = (cache[name] for name in ("query", "key", "value", "weights"))
+    num_heads, head_dim = query.shape[1], query.shape[-1]
+
+    dcontext, doutput = linear.backward(params["output"], dy, cache["context"])
+    dcontext = _split_heads(dcontext, num_heads)
+    dweights = dcontext @ value.mT
+    dvalue = weights.mT @ dcontext
+    dscores = weights * (dweights - np.vecdot(weights, dweights)[..., np.newaxis])
+    dscores /= math.sqrt(head_dim)
+    dquery = dscores @ key
+    dkey = dscores.mT @ query
+
+    dx = np.zeros_like(cache["input"])
+    grads = {}
+    for name, dheads in (("query", dquery), ("key", dkey), ("value", dvalue)):
+        dinput, grads[name] = linear.backward(params[name], _merge_heads(dheads), cache["input"])
+        dx += dinput
+    return dx, {**grads, "output": doutput}
+
+
+def _softmax(scores: Array) -> Array:
+    """Softmax over the last axis, with the row's maximum subtracted so that exp cannot overflow."""
+    weights = np.exp(scores - scores.real.max(axis=-1, keepdims=True))
+    weights /= weights.sum(axis=-1, keepdims=True)
+    return weights
+
+
+def _split_heads(x: Array, num_heads: int) -> Array:
+    """[batch, length, embed_dim] -> [batch, num_heads, length, head_dim]."""
+    batch, length, embed_dim = x.shape
+    return x.reshape(batch, length, num_heads, embed_dim // num_heads).swapaxes(1, 2)
+
+
+def _merge_heads(x: Array) -> Array:
+    """[batch, num_heads, length, head_dim] -> [batch, length, embed_dim]."""
+    batch, num_heads, length, head_dim = x.shape
+    return x.swapaxes(1, 2).reshape(batch, length, num_heads * head_dim)

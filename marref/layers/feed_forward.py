@@ -1,0 +1,71 @@
+"""Feed-forward layer (Vaswani et al. 2017, eq. 2, with GELU): y = GELU(x W₁ + b₁) W₂ + b₂.
+
+Every position passes through it by itself; the hidden layer is four times as wide.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+from marref.layers import gelu, linear
+from marref.trees import Array, Tree
+
+
+def init(
+    rng: np.random.Generator, embed_dim: int, down_std: float, dtype: npt.DTypeLike = np.float64
+) -> Tree:
+    """Draw both linear layers.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator
+    embed_dim : int
+        The hidden layer has 4·embed_dim units (Vaswani et al. 2017, section 3.3).
+    down_std : float
+        Standard deviation of the second kernel, which writes to the residual stream.
+    dtype : dtype
+
+    Returns
+    -------
+    dict
+        ``up`` [embed_dim, 4·embed_dim] and ``down`` [4·embed_dim, embed_dim], linear layers.
+    """
+    return {
+        "up": linear.init(rng, embed_dim, 4 * embed_dim, dtype=dtype),
+        "down": linear.init(rng, 4 * embed_dim, embed_dim, down_std, dtype),
+    }
+
+
+def forward(params: Tree, x: Array, gelu_kind: str) -> tuple[Array, Tree]:
+    """Compute y = GELU(x W₁ + b₁) W₂ + b₂.
+
+    Parameters
+    ----------
+    params : dict
+    x : array [..., embed_dim]
+    gelu_kind : {"erf", "tanh"}
+
+    Returns
+    -------
+    y : array [..., embed_dim]
+    cache : dict
+        ``input`` x, ``gelu`` the cache of the GELU, ``activation`` its output.
+    """
+    hidden, _ = linear.forward(params["up"], x)
+    activation, gelu_cache = gelu.forward(hidden, gelu_kind)
+    y, _ = linear.forward(params["down"], activation)
+    return y, {"input": x, "gelu": gelu_cache, "activation": activation}
+
+
+def backward(params: Tree, dy: Array, cache: Tree, gelu_kind: str) -> tuple[Array, Tree]:
+    """Push ``dy`` back through the three steps of `forward`, last first (the chain rule).
+
+    Returns
+    -------
+    dx : array [..., embed_dim]
+    grads : dict
+        Like ``params``.
+    """
+    dactivation, ddown = linear.backward(params["down"], dy, cache["activation"])
+    dhidden = gelu.backward(dactivation, cache["gelu"], gelu_kind)
+    dx, dup = linear.backward(params["up"], dhidden, cache["input"])
+    return dx, {"up": dup, "down": ddown}

@@ -1,0 +1,352 @@
+"""MAR: embedding, bidirectional pre-norm transformer, head.
+
+    x = dropout(embedding(tokens))
+    x = block(x)                          num_layers times
+    logits = linear(layer_norm(x))        the head
+
+`MAR` holds the hyper-parameters and owns no arrays; parameters are a tree (`marref.trees`):
+
+    embedding.table                                            [vocab_size, embed_dim]
+    blocks.<i>.attention_norm.{scale, bias}                    [embed_dim]
+    blocks.<i>.attention.{query, key, value, output}.{kernel, bias}
+    blocks.<i>.feed_forward_norm.{scale, bias}                 [embed_dim]
+    blocks.<i>.feed_forward.{up, down}.{kernel, bias}
+    final_norm.{scale, bias}                                   [embed_dim]
+    head.{kernel, bias}                                        [embed_dim, vocab_size], [vocab_size]
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from marref import checks, loss, trees
+from marref.layers import block, dropout, embedding, gelu, layer_norm, linear
+from marref.trees import Array, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class MAR:
+    """The hyper-parameters of a model, and its three functions.
+
+    Parameters
+    ----------
+    vocab_size : int
+        Number of token ids, [MASK] included; at least 2.
+    embed_dim : int
+        Features per position; even, and divisible by ``num_heads``.
+    num_layers, num_heads : int
+    seq_len : int
+        The longest sequence; shorter ones work too.
+    dropout : float
+        Probability of dropping a feature in training, in [0, 1).
+    layer_norm_epsilon : float
+        Added to the variance, inside the root.  1e-5 is the default of PyTorch and Axon (Flax's
+        is 1e-6).
+    gelu : {"erf", "tanh"}
+        Exact, or the approximation; see `marref.layers.gelu`.
+    positions : {"concatenated", "interleaved"}
+        The layout of the sinusoidal table; see `marref.layers.embedding`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A hyper-parameter is of another type or outside its range.
+
+    Notes
+    -----
+    Sizes and dropout have the defaults of the MAR specification.
+    """
+
+    vocab_size: int
+    embed_dim: int = 256
+    num_layers: int = 6
+    num_heads: int = 8
+    seq_len: int = 256
+    dropout: float = 0.1
+    layer_norm_epsilon: float = 1e-5
+    gelu: str = "erf"
+    positions: str = "concatenated"
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Any] = {"vocab_size": checks.integer("vocab_size", self.vocab_size, 2)}
+        for name in ("embed_dim", "num_layers", "num_heads", "seq_len"):
+            checked[name] = checks.integer(name, getattr(self, name), 1)
+        checked["dropout"] = checks.real("dropout", self.dropout, "[0, 1)")
+        checked["layer_norm_epsilon"] = checks.real(
+            "layer_norm_epsilon", self.layer_norm_epsilon, "(0, inf)"
+        )
+        checks.choice("gelu", self.gelu, gelu.KINDS)
+        checks.choice("positions", self.positions, embedding.LAYOUTS)
+        if self.embed_dim % 2:
+            raise ValueError(f"embed_dim: received {self.embed_dim}, expected an even number")
+        if self.embed_dim % self.num_heads:
+            raise ValueError(
+                f"embed_dim: received {self.embed_dim}, "
+                f"expected a multiple of num_heads = {self.num_heads}"
+            )
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+
+    def init(self, rng: np.random.Generator, dtype: npt.DTypeLike = np.float64) -> Tree:
+        """Draw parameters.
+
+        Kernels and the embedding table come from N(0, 0.02²), the kernels that write to the
+        residual stream from N(0, 0.02²/(2·num_layers)) (see `marref.layers.block.init`); biases
+        are 0, norm scales 1.
+
+        Parameters
+        ----------
+        rng : numpy.random.Generator
+            The same seed gives the same numbers in every dtype, up to their rounding.
+        dtype : float32, float64 or complex128
+
+        Returns
+        -------
+        dict
+            The tree shown at the head of this module.
+        """
+        checks.generator("rng", rng)
+        dtype = trees.check_dtype("dtype", dtype)
+        return {
+            "embedding": embedding.init(rng, self.vocab_size, self.embed_dim, dtype),
+            "blocks": [
+                block.init(rng, self.embed_dim, self.num_layers, dtype)
+                for _ in range(self.num_layers)
+            ],
+            "final_norm": layer_norm.init(self.embed_dim, dtype),
+            "head": linear.init(rng, self.embed_dim, self.vocab_size, dtype=dtype),
+        }
+
+    def forward(
+        self, params: Tree, tokens: npt.ArrayLike, rng: np.random.Generator | None = None
+    ) -> tuple[Array, Tree]:
+        """Compute the logits, and keep what the backward needs.
+
+        Parameters
+        ----------
+        params : dict
+            From `init`.  Everything is computed in their dtype.
+        tokens : integer array [batch, length]
+            length <= seq_len; ids in [0, vocab_size).
+        rng : numpy.random.Generator, optional
+            Given: dropout is on (training).
+
+        Returns
+        -------
+        logits : array [batch, length, vocab_size]
+        cache : dict
+            The activations, a tree; ``trees.flatten(cache)`` is a trace of the forward pass.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Parameters, tokens or rng do not fit the model; the message says which and how.
+        """
+        tokens = self.check_inputs(params, tokens)
+        if rng is not None:
+            checks.generator("rng", rng)
+        x, cache = body_forward(self, params, tokens, rng)
+        logits, head_cache = head_forward(self, params, x)
+        return logits, {**cache, **head_cache}
+
+    def backward(self, params: Tree, dlogits: npt.ArrayLike, cache: Tree) -> Tree:
+        """Push the gradient of the logits back to every parameter.
+
+        Parameters
+        ----------
+        params : dict
+            Those that `forward` was called with.
+        dlogits : array [batch, length, vocab_size]
+            Gradient of the loss with respect to the logits.
+        cache : dict
+            From `forward`.
+
+        Returns
+        -------
+        dict
+            The gradients, a tree like ``params``.
+
+        Raises
+        ------
+        TypeError, ValueError
+            ``params`` or ``dlogits`` do not fit, or the dtypes differ.
+        """
+        dtype = trees.check_like("params", params, self.parameter_shapes)
+        dlogits = np.asarray(dlogits)
+        checks.shape("dlogits", dlogits, (*cache["embedding"].shape, self.vocab_size))
+        if dlogits.dtype != dtype:
+            raise TypeError(f"dlogits: dtype {dlogits.dtype}, expected {dtype} as in params")
+        dx, head_grads = head_backward(params, dlogits, cache)
+        return {**body_backward(self, params, dx, cache), **head_grads}
+
+    def __call__(self, params: Tree, tokens: npt.ArrayLike) -> Array:
+        """Return the logits [batch, length, vocab_size] alone; see `forward`."""
+        tokens = self.check_inputs(params, tokens)
+        return head_forward(self, params, encode(self, params, tokens))[0]
+
+    @functools.cached_property
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter, by dotted name."""
+        features, hidden = self.embed_dim, 4 * self.embed_dim
+
+        def norm(name: str) -> dict[str, tuple[int, ...]]:
+            return {f"{name}.scale": (features,), f"{name}.bias": (features,)}
+
+        def projection(name: str, inputs: int, outputs: int) -> dict[str, tuple[int, ...]]:
+            return {f"{name}.kernel": (inputs, outputs), f"{name}.bias": (outputs,)}
+
+        shapes: dict[str, tuple[int, ...]] = {"embedding.table": (self.vocab_size, features)}
+        for index in range(self.num_layers):
+            prefix = f"blocks.{index}"
+            shapes |= norm(f"{prefix}.attention_norm")
+            for name in ("query", "key", "value", "output"):
+                shapes |= projection(f"{prefix}.attention.{name}", features, features)
+            shapes |= norm(f"{prefix}.feed_forward_norm")
+            shapes |= projection(f"{prefix}.feed_forward.up", features, hidden)
+            shapes |= projection(f"{prefix}.feed_forward.down", hidden, features)
+        return shapes | norm("final_norm") | projection("head", features, self.vocab_size)
+
+    def check_inputs(self, params: Tree, tokens: npt.ArrayLike) -> Array:
+        """Raise unless parameters and tokens fit the model; return the tokens as an array."""
+        trees.check_like("params", params, self.parameter_shapes)
+        tokens = checks.token_ids("tokens", tokens, self.vocab_size, ndim=2)
+        if 0 in tokens.shape or tokens.shape[1] > self.seq_len:
+            raise ValueError(
+                f"tokens: shape {list(tokens.shape)}, expected [batch, length] "
+                f"with batch >= 1 and length in [1, seq_len = {self.seq_len}]"
+            )
+        return tokens
+
+
+build = MAR
+
+
+def loss_and_grads(
+    model: MAR,
+    params: Tree,
+    tokens: npt.ArrayLike,
+    targets: npt.ArrayLike,
+    mask: npt.ArrayLike,
+    rng: np.random.Generator | None = None,
+) -> tuple[np.inexact, Tree]:
+    """Run the model, the loss, and both backward passes.
+
+    Equal to `MAR.forward`, `marref.loss` and `MAR.backward` one after the other, up to rounding;
+    the head runs at the masked positions only, since no other reaches the loss.
+
+    Parameters
+    ----------
+    model : MAR
+    params : dict
+    tokens : integer array [batch, length]
+        The inputs: [MASK] where masked.
+    targets : integer array [batch, length]
+        The true ids.
+    mask : array [batch, length]
+        True (or 1) where a position was masked.
+    rng : numpy.random.Generator, optional
+        Given: dropout is on.
+
+    Returns
+    -------
+    loss : scalar
+        Nats per masked token, in the dtype of the parameters.
+    grads : dict
+        A tree like ``params``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        See `MAR.forward` and `marref.loss.mar_loss`.
+    """
+    tokens = model.check_inputs(params, tokens)
+    targets = checks.token_ids("targets", targets, model.vocab_size, ndim=2)
+    checks.shape("targets", targets, tokens.shape)
+    mask = checks.binary_mask("mask", mask, tokens.shape)
+    if rng is not None:
+        checks.generator("rng", rng)
+
+    x, cache = body_forward(model, params, tokens, rng)
+    logits, head_cache = head_forward(model, params, x[mask])
+    value, loss_cache = loss.forward(logits, targets[mask], np.ones(len(logits), bool))
+
+    dlogits = loss.backward(loss_cache)
+    drows, head_grads = head_backward(params, dlogits, head_cache)
+    dx = np.zeros_like(x)
+    dx[mask] = drows
+    return value, {**body_backward(model, params, dx, cache), **head_grads}
+
+
+# The pieces of the model, for callers that have checked their arguments and want to run the
+# head at some positions only.
+
+
+def body_forward(
+    model: MAR, params: Tree, tokens: Array, rng: np.random.Generator | None
+) -> tuple[Array, Tree]:
+    """Everything below the head: tokens [batch, length] -> x [batch, length, embed_dim]."""
+    cache: Tree = {}
+    x, cache["embedding"] = embedding.forward(params["embedding"], tokens, model.positions)
+    x, cache["embedding_dropout"] = dropout.forward(x, model.dropout, rng)
+    cache["blocks"] = []
+    for block_params in params["blocks"]:
+        x, block_cache = _block(model, block_params, x, rng)
+        cache["blocks"].append(block_cache)
+    return x, cache
+
+
+def encode(model: MAR, params: Tree, tokens: Array) -> Array:
+    """`body_forward` without dropout, keeping one block's activations at a time."""
+    x, _ = embedding.forward(params["embedding"], tokens, model.positions)
+    for block_params in params["blocks"]:
+        x, _ = _block(model, block_params, x, None)
+    return x
+
+
+def _block(
+    model: MAR, block_params: Tree, x: Array, rng: np.random.Generator | None
+) -> tuple[Array, Tree]:
+    return block.forward(
+        block_params,
+        x,
+        num_heads=model.num_heads,
+        gelu=model.gelu,
+        epsilon=model.layer_norm_epsilon,
+        dropout_rate=model.dropout,
+        rng=rng,
+    )
+
+
+def body_backward(model: MAR, params: Tree, dx: Array, cache: Tree) -> Tree:
+    """Gradients of everything below the head."""
+    blocks = []
+    for block_params, block_cache in zip(
+        reversed(params["blocks"]), reversed(cache["blocks"]), strict=True
+    ):
+        dx, block_grads = block.backward(block_params, dx, block_cache, gelu=model.gelu)
+        blocks.append(block_grads)
+    dx = dropout.backward(dx, cache["embedding_dropout"])
+    return {
+        "embedding": embedding.backward(params["embedding"], dx, cache["embedding"]),
+        "blocks": blocks[::-1],
+    }
+
+
+def head_forward(model: MAR, params: Tree, x: Array) -> tuple[Array, Tree]:
+    """Final norm and head: x [..., embed_dim] -> logits [..., vocab_size]."""
+    cache: Tree = {}
+    x, cache["final_norm"] = layer_norm.forward(
+        params["final_norm"], x, model.layer_norm_epsilon
+    )
+    logits, cache["head"] = linear.forward(params["head"], x)
+    return logits, cache
+
+
+def head_backward(params: Tree, dlogits: Array, cache: Tree) -> tuple[Array, Tree]:
+    """Gradients of the head, and of its input."""
+    dx, dhead = linear.backward(params["head"], dlogits, cache["head"])
+    dx, dnorm = layer_norm.backward(params["final_norm"], dx, cache["final_norm"])
+    return dx, {"final_norm": dnorm, "head": dhead}
