@@ -43,9 +43,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def save(
-    path: str | os.PathLike[str], arrays: dict[str, Array], metadata: dict[str, Any]
-) -> None:
+def save(path: str | os.PathLike[str], arrays: dict[str, Array], metadata: dict[str, Any]) -> None:
     """Write named arrays and metadata to an ``.npz`` file.
 
     Parameters

@@ -3,13 +3,14 @@
 A mask ratio r is Q(u) with u ~ U[0, 1), Q the quantile function of its schedule; F is its
 distribution function.
 
-| schedule             | Q(u)                             | density                | mean  | median |
-|----------------------|----------------------------------|------------------------|-------|--------|
-| ``one-minus-cosine`` | 1 - cos(πu/2)                    | (2/π)/√(r(2-r))        | 0.363 | 0.293  |
-| ``cosine``           | cos(πu/2)                        | (2/π)/√(1-r²)          | 0.637 | 0.707  |
-| ``arccos``           | (2/π) arccos(u)                  | (π/2) sin(πr/2)        | 0.637 | 0.667  |
-| ``uniform``          | u                                | 1                      | 0.5   | 0.5    |
-| ``truncated-normal`` | that of N(1, 0.25²) on [0.7, 1]  | 4φ(4(r-1))/(Φ(0)-Φ(-1.2)) | 0.867 | 0.874 |
+| schedule             | Q(u)               | density                      | mean  | median |
+|----------------------|--------------------|------------------------------|-------|--------|
+| ``one-minus-cosine`` | 1 - cos(πu/2)      | (2/π)/√(r(2-r))              | 0.363 | 0.293  |
+| ``cosine``           | cos(πu/2)          | (2/π)/√(1-r²)                | 0.637 | 0.707  |
+| ``arccos``           | (2/π) arccos(u)    | (π/2) sin(πr/2)              | 0.637 | 0.667  |
+| ``uniform``          | u                  | 1                            | 0.5   | 0.5    |
+| ``truncated-normal`` | of N(1, 0.25²)     | 4φ(4(r-1))/(Φ(0)-Φ(-1.2))    | 0.867 | 0.874  |
+|                      | cut to [0.7, 1]    | on [0.7, 1]                  |       |        |
 
 ``one-minus-cosine`` is MAR's specification: it favours *small* ratios.  ``cosine`` is its mirror
 image and favours large ones (MaskGIT, Chang et al. 2022, arXiv 2202.04200, section 3.2);

@@ -287,7 +287,7 @@ def loss_and_grads(
 def body_forward(
     model: MAR, params: Tree, tokens: Array, rng: np.random.Generator | None
 ) -> tuple[Array, Tree]:
-    """Everything below the head: tokens [batch, length] -> x [batch, length, embed_dim]."""
+    """Run everything below the head: tokens [batch, length] -> x [batch, length, embed_dim]."""
     cache: Tree = {}
     x, cache["embedding"] = embedding.forward(params["embedding"], tokens, model.positions)
     x, cache["embedding_dropout"] = dropout.forward(x, model.dropout, rng)
@@ -299,7 +299,7 @@ def body_forward(
 
 
 def encode(model: MAR, params: Tree, tokens: Array) -> Array:
-    """`body_forward` without dropout, keeping one block's activations at a time."""
+    """Do as `body_forward` without dropout, keeping one block's activations at a time."""
     x, _ = embedding.forward(params["embedding"], tokens, model.positions)
     for block_params in params["blocks"]:
         x, _ = _block(model, block_params, x, None)
@@ -321,7 +321,7 @@ def _block(
 
 
 def body_backward(model: MAR, params: Tree, dx: Array, cache: Tree) -> Tree:
-    """Gradients of everything below the head."""
+    """Push dx back through everything below the head."""
     blocks = []
     for block_params, block_cache in zip(
         reversed(params["blocks"]), reversed(cache["blocks"]), strict=True
@@ -336,17 +336,15 @@ def body_backward(model: MAR, params: Tree, dx: Array, cache: Tree) -> Tree:
 
 
 def head_forward(model: MAR, params: Tree, x: Array) -> tuple[Array, Tree]:
-    """Final norm and head: x [..., embed_dim] -> logits [..., vocab_size]."""
+    """Run the final norm and the head: x [..., embed_dim] -> logits [..., vocab_size]."""
     cache: Tree = {}
-    x, cache["final_norm"] = layer_norm.forward(
-        params["final_norm"], x, model.layer_norm_epsilon
-    )
+    x, cache["final_norm"] = layer_norm.forward(params["final_norm"], x, model.layer_norm_epsilon)
     logits, cache["head"] = linear.forward(params["head"], x)
     return logits, cache
 
 
 def head_backward(params: Tree, dlogits: Array, cache: Tree) -> tuple[Array, Tree]:
-    """Gradients of the head, and of its input."""
+    """Push dlogits back to the head's input and parameters."""
     dx, dhead = linear.backward(params["head"], dlogits, cache["head"])
     dx, dnorm = layer_norm.backward(params["final_norm"], dx, cache["final_norm"])
     return dx, {"final_norm": dnorm, "head": dhead}

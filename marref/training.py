@@ -168,8 +168,8 @@ def bits_per_token(
     for start in range(0, len(targets), batch_size):
         part = slice(start, start + batch_size)
         loss = mar_loss(predict(masked[part]), targets[part], mask[part])
-        nats += float(loss.real) * mask[part].sum()
-    return nats / (mask.sum() * math.log(2))
+        nats += float(loss.real) * int(mask[part].sum())
+    return nats / (int(mask.sum()) * math.log(2))
 
 
 def position_log_frequencies(tokens: npt.ArrayLike, vocab_size: int) -> npt.NDArray[np.float64]:

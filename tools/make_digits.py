@@ -1,4 +1,6 @@
-"""Make marref/datasets/digits.npz from the digits in CSV: python tools/make_digits.py digits.csv.gz
+"""Make marref/datasets/digits.npz from the digits in CSV.
+
+    python tools/make_digits.py digits.csv.gz
 
 Each row: 64 grey levels from 0 to 16, row by row, then the digit.  The split is drawn here, once,
 and stored, because NumPy does not promise that a seed means the same numbers in every release.

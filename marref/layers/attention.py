@@ -118,7 +118,7 @@ def backward(params: Tree, dy: Array, cache: Tree) -> tuple[Array, Tree]:
 
 def _softmax(scores: Array) -> Array:
     """Softmax over the last axis, with the row's maximum subtracted so that exp cannot overflow."""
-    weights = np.exp(scores - scores.real.max(axis=-1, keepdims=True))
+    weights: Array = np.exp(scores - scores.real.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
     return weights
 

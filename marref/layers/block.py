@@ -2,6 +2,8 @@
 
     h = x + dropout(attention(layer_norm(x)))
     y = h + dropout(feed_forward(layer_norm(h)))
+
+Each branch reads a normalised copy of the residual stream x and adds to it.
 """
 
 import math
@@ -69,9 +71,7 @@ def forward(
     branch, cache["attention"] = attention.forward(params["attention"], branch, num_heads)
     branch, cache["attention_dropout"] = dropout.forward(branch, dropout_rate, rng)
     x = x + branch
-    branch, cache["feed_forward_norm"] = layer_norm.forward(
-        params["feed_forward_norm"], x, epsilon
-    )
+    branch, cache["feed_forward_norm"] = layer_norm.forward(params["feed_forward_norm"], x, epsilon)
     branch, cache["feed_forward"] = feed_forward.forward(params["feed_forward"], branch, gelu)
     branch, cache["feed_forward_dropout"] = dropout.forward(branch, dropout_rate, rng)
     return x + branch, cache

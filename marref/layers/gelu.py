@@ -36,7 +36,7 @@ def forward(x: Array, kind: str) -> tuple[Array, Tree]:
     cache : dict
         ``input`` x and ``gate``, both of the shape of ``x``.
     """
-    gate = ndtr(x) if kind == "erf" else _sigmoid(2 * _SLOPE * (x + _CUBIC * (x * x * x)))
+    gate: Array = ndtr(x) if kind == "erf" else _sigmoid(2 * _SLOPE * (x + _CUBIC * (x * x * x)))
     return x * gate, {"input": x, "gate": gate}
 
 
@@ -63,11 +63,13 @@ def backward(dy: Array, cache: Tree, kind: str) -> Array:
         gate_slope = np.exp(-0.5 * (x * x)) / math.sqrt(2 * math.pi)
     else:
         gate_slope = gate * (1.0 - gate) * (2 * _SLOPE * (1.0 + 3 * _CUBIC * (x * x)))
-    return dy * (gate + x * gate_slope)
+    dx: Array = dy * (gate + x * gate_slope)
+    return dx
 
 
 def _sigmoid(z: Array) -> Array:
     """1/(1 + exp(-z)), for real and complex z, with exp of nothing positive."""
     positive = z.real > 0
     decay = np.exp(np.where(positive, -z, z))
-    return np.where(positive, 1.0, decay) / (1.0 + decay)
+    gate: Array = np.where(positive, 1.0, decay) / (1.0 + decay)
+    return gate

@@ -1,5 +1,5 @@
 """Proofs that an implementation is right: its gradients, for a start."""
 
-from marref.verify.gradients import check_gradients
+from marref.verify.gradients import check_gradients, check_layer
 
-__all__ = ["check_gradients"]
+__all__ = ["check_gradients", "check_layer"]

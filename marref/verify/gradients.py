@@ -82,10 +82,46 @@ def check_gradients(
         entries = np.arange(leaf.size)
         if rng is not None and max_entries is not None and max_entries < leaf.size:
             entries = rng.choice(entries, max_entries, replace=False)
-        found = np.array([derivative(function, leaves, name, entry) for entry in entries])
+        found = np.array([derivative(function, leaves, name, int(entry)) for entry in entries])
         difference = float(np.abs(claimed[name].ravel()[entries] - found).max(initial=0.0))
         errors[name] = difference / largest if largest > 0 else difference
     return errors
+
+
+def check_layer(
+    forward: Callable[[Tree], tuple[Array, Any]],
+    backward: Callable[[Tree, Array, Any], Tree],
+    point: Tree,
+    rng: np.random.Generator,
+    *,
+    method: str = "complex-step",
+) -> dict[str, float]:
+    """Check a layer's backward through the scalar Σ y ⊙ dy, for a random dy.
+
+    Parameters
+    ----------
+    forward : callable
+        The point (inputs and parameters) to ``(y, cache)``.
+    backward : callable
+        ``(point, dy, cache)`` to the gradients, a tree like ``point``.
+    point : tree of float64 arrays
+    rng : numpy.random.Generator
+        Draws dy.
+    method : {"complex-step", "central"}
+
+    Returns
+    -------
+    dict of str to float
+        See `check_gradients`.
+    """
+    y, cache = forward(point)
+    dy = rng.normal(size=y.shape)
+    return check_gradients(
+        lambda moved: (forward(moved)[0] * dy).sum(),
+        point,
+        backward(point, dy, cache),
+        method=method,
+    )
 
 
 def _complex_step(
@@ -101,9 +137,10 @@ def _central(
 ) -> float:
     x = float(leaves[name].flat[entry])
     step = _CENTRAL_STEP * max(1.0, abs(x))
-    values = []
+    values: list[float] = []
     for moved in (x + step, x - step):
         leaf = leaves[name].copy()
         leaf.flat[entry] = moved
         values.append(float(function(trees.unflatten({**leaves, name: leaf}))))
-    return (values[0] - values[1]) / ((x + step) - (x - step))
+    above, below = values
+    return (above - below) / (2 * step)

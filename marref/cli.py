@@ -1,0 +1,98 @@
+"""The command line: ``marref demo`` and ``marref check``."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; return the exit status: 0 success, 1 a check failed, 2 bad arguments."""
+    parser = argparse.ArgumentParser(
+        prog="marref", description="The NumPy reference implementation of MAR."
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    demo = commands.add_parser(
+        "demo",
+        help="train on 8x8 digits and generate new ones",
+        description="Train on 8x8 digits, measure on held-out ones, and generate new ones.",
+    )
+    demo.add_argument("--steps", type=_positive, help="number of training steps")
+    demo.add_argument("--seed", type=_not_negative, default=0, help="default: 0")
+    demo.add_argument(
+        "--out", type=Path, default=Path("marref-demo"), help="folder, default: marref-demo"
+    )
+    demo.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
+    demo.set_defaults(run=_demo)
+
+    check = commands.add_parser(
+        "check",
+        help="hold every gradient to numerical derivatives",
+        description="Hold every gradient to complex-step derivatives and central differences.",
+    )
+    check.add_argument("--seed", type=_not_negative, default=0, help="default: 0")
+    check.set_defaults(run=_check)
+
+    parsed = parser.parse_args(arguments)
+    try:
+        status: int = parsed.run(parsed)
+    except OSError as error:
+        print(f"marref: {error}", file=sys.stderr)
+        return 2
+    return status
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from marref import demo
+
+    settings = demo.QUICK if arguments.quick else demo.DEFAULT
+    if arguments.steps is not None:
+        settings = dataclasses.replace(
+            settings,
+            num_steps=arguments.steps,
+            warmup_steps=min(settings.warmup_steps, arguments.steps - 1),
+        )
+    demo.run(settings, arguments.out, arguments.seed)
+    return 0
+
+
+def _check(arguments: argparse.Namespace) -> int:
+    from marref.verify import self_check
+
+    print("Largest error of every gradient, relative to the largest entry of its part.\n")
+    print(f"{'part':<14}{'gradient of':<38}{'shape':<10}{'complex step':>14}{'central':>10}")
+    failed = 0
+    worst = dict.fromkeys(self_check.BOUNDS, 0.0)
+    for row in self_check.run(arguments.seed):
+        failed += not row.passed
+        worst = {method: max(worst[method], error) for method, error in row.errors.items()}
+        shape = "x".join(map(str, row.shape))
+        print(
+            f"{row.part:<14}{row.name:<38}{shape:<10}{row.errors['complex-step']:>14.1e}"
+            f"{row.errors['central']:>10.1e}{'' if row.passed else '   FAILED'}"
+        )
+    print()
+    for method, bound in self_check.BOUNDS.items():
+        print(f"{method}: largest error {worst[method]:.1e}, allowed {bound:.0e}")
+    print(f"{failed} failed" if failed else "all gradients agree")
+    return 1 if failed else 0
+
+
+def _positive(text: str) -> int:
+    return _at_least(text, 1)
+
+
+def _not_negative(text: str) -> int:
+    return _at_least(text, 0)
+
+
+def _at_least(text: str, minimum: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = minimum - 1
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"received {text}, expected an integer >= {minimum}")
+    return value

@@ -1,0 +1,195 @@
+"""``marref check``: every gradient of marref, held to numerical derivatives on this machine."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from marref import loss, trees
+from marref.layers import (
+    attention,
+    block,
+    dropout,
+    embedding,
+    feed_forward,
+    gelu,
+    layer_norm,
+    linear,
+)
+from marref.loss import mar_loss
+from marref.masking import mask_tokens
+from marref.model import MAR, loss_and_grads
+from marref.trees import Array, Tree
+from marref.verify.gradients import METHODS, check_gradients, check_layer
+
+BOUNDS = {"complex-step": 1e-12, "central": 1e-6}
+"""The largest error that passes, relative to the largest entry of the gradient."""
+
+_BATCH, _LENGTH, _FEATURES, _HEADS, _VOCAB = 2, 5, 8, 2, 7
+_EPSILON = 1e-5
+
+
+class Row(NamedTuple):
+    """One line of the report: the errors of one gradient, by method."""
+
+    part: str
+    name: str
+    shape: tuple[int, ...]
+    errors: dict[str, float]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every error is within its bound; NaN is not."""
+        return all(self.errors[method] <= bound for method, bound in BOUNDS.items())
+
+
+class _Layer(NamedTuple):
+    """A layer's forward and backward as functions of one tree of inputs and parameters."""
+
+    forward: Callable[[Tree], tuple[Array, Any]]
+    backward: Callable[[Tree, Array, Any], Tree]
+    point: Tree
+
+
+def run(seed: int = 0) -> Iterator[Row]:
+    """Check all layers, the loss, and a small model with dropout.
+
+    Parameters
+    ----------
+    seed : int
+        Of inputs and parameters.
+
+    Yields
+    ------
+    Row
+        One for each input and parameter of each part.
+    """
+    rng = np.random.default_rng(seed)
+    for part, layer in _layers(rng).items():
+        errors = {method: check_layer(*layer, rng, method=method) for method in METHODS}
+        yield from _rows(part, layer.point, errors)
+    yield from _check_loss(rng)
+    yield from _check_model(rng)
+
+
+def _rows(part: str, point: Tree, errors: dict[str, dict[str, float]]) -> Iterator[Row]:
+    for name, leaf in trees.flatten(point).items():
+        yield Row(part, name, leaf.shape, {method: errors[method][name] for method in METHODS})
+
+
+def random_like(params: Tree, rng: np.random.Generator, std: float = 0.5) -> Tree:
+    """Draw every leaf from N(0, std²): no bias is 0 and no scale is 1, so that nothing hides."""
+    drawn: Tree = trees.map_leaves(lambda leaf: rng.normal(0.0, std, leaf.shape), params)
+    return drawn
+
+
+def _layers(rng: np.random.Generator) -> dict[str, _Layer]:
+    x = rng.normal(size=(_BATCH, _LENGTH, _FEATURES))
+    tokens = rng.integers(_VOCAB, size=(_BATCH, _LENGTH))
+
+    def layer(
+        params: Tree, forward: Callable[..., Any], backward: Callable[..., tuple[Array, Tree]]
+    ) -> _Layer:
+        def split_forward(point: Tree) -> tuple[Array, Any]:
+            result: tuple[Array, Any] = forward(_params(point), point["x"])
+            return result
+
+        def split_backward(point: Tree, dy: Array, cache: Any) -> Tree:
+            dx, grads = backward(_params(point), dy, cache)
+            return {"x": dx, **grads}
+
+        return _Layer(split_forward, split_backward, {"x": x, **random_like(params, rng)})
+
+    def block_forward(params: Tree, x: Array) -> tuple[Array, Tree]:
+        return block.forward(
+            params,
+            x,
+            num_heads=_HEADS,
+            gelu="erf",
+            epsilon=_EPSILON,
+            dropout_rate=0.2,
+            rng=np.random.default_rng(0),
+        )
+
+    def gelu_layer(kind: str) -> _Layer:
+        return _Layer(
+            lambda point: gelu.forward(point["x"], kind),
+            lambda point, dy, cache: {"x": gelu.backward(dy, cache, kind)},
+            {"x": x},
+        )
+
+    return {
+        "embedding": _Layer(
+            lambda point: embedding.forward(point, tokens, "concatenated"),
+            embedding.backward,
+            random_like(embedding.init(rng, _VOCAB, _FEATURES), rng),
+        ),
+        "linear": layer(linear.init(rng, _FEATURES, 3), linear.forward, linear.backward),
+        "layer_norm": layer(
+            layer_norm.init(_FEATURES),
+            lambda params, x: layer_norm.forward(params, x, _EPSILON),
+            layer_norm.backward,
+        ),
+        "dropout": _Layer(
+            lambda point: dropout.forward(point["x"], 0.2, np.random.default_rng(0)),
+            lambda point, dy, cache: {"x": dropout.backward(dy, cache)},
+            {"x": x},
+        ),
+        "attention": layer(
+            attention.init(rng, _FEATURES, 0.02),
+            lambda params, x: attention.forward(params, x, _HEADS),
+            attention.backward,
+        ),
+        "gelu (erf)": gelu_layer("erf"),
+        "gelu (tanh)": gelu_layer("tanh"),
+        "feed_forward": layer(
+            feed_forward.init(rng, _FEATURES, 0.02),
+            lambda params, x: feed_forward.forward(params, x, "erf"),
+            lambda params, dy, cache: feed_forward.backward(params, dy, cache, "erf"),
+        ),
+        "block": layer(
+            block.init(rng, _FEATURES, num_layers=2),
+            block_forward,
+            lambda params, dy, cache: block.backward(params, dy, cache, gelu="erf"),
+        ),
+    }
+
+
+def _params(point: Tree) -> Tree:
+    return {name: child for name, child in point.items() if name != "x"}
+
+
+def _check_loss(rng: np.random.Generator) -> Iterator[Row]:
+    point = {"logits": rng.normal(size=(_BATCH, _LENGTH, _VOCAB))}
+    targets = rng.integers(_VOCAB, size=(_BATCH, _LENGTH))
+    mask = rng.random((_BATCH, _LENGTH)) < 0.5
+    grads = {"logits": loss.backward(loss.forward(point["logits"], targets, mask)[1])}
+    errors = {
+        method: check_gradients(
+            lambda moved: mar_loss(moved["logits"], targets, mask), point, grads, method=method
+        )
+        for method in METHODS
+    }
+    yield from _rows("loss", point, errors)
+
+
+def _check_model(rng: np.random.Generator) -> Iterator[Row]:
+    model = MAR(
+        vocab_size=_VOCAB,
+        embed_dim=_FEATURES,
+        num_layers=2,
+        num_heads=_HEADS,
+        seq_len=_LENGTH,
+        dropout=0.1,
+    )
+    params = random_like(model.init(rng), rng)
+    targets = rng.integers(1, _VOCAB, size=(_BATCH, _LENGTH))
+    tokens, mask = mask_tokens(targets, 0.6, rng)
+    _, grads = loss_and_grads(model, params, tokens, targets, mask, np.random.default_rng(0))
+
+    def function(moved: Tree) -> Any:
+        logits, _ = model.forward(moved, tokens, np.random.default_rng(0))
+        return mar_loss(logits, targets, mask)
+
+    errors = {method: check_gradients(function, params, grads, method=method) for method in METHODS}
+    yield from _rows("model", params, errors)
