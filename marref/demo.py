@@ -151,8 +151,8 @@ def run(
     try:
         from marref import plots
     except ImportError:
-        echo('No pictures: install the viz extra, pip install "marref[viz]", for loss.png,')
-        echo("samples.png and unmasking.png (matplotlib) and a progress bar (tqdm).")
+        echo('No pictures: the viz extra, pip install ".[viz]", adds loss.png, samples.png and')
+        echo("unmasking.png (matplotlib) and a progress bar (tqdm).")
     else:
         plots.loss(out / "loss.png", history)
         plots.samples(out / "samples.png", held_out[:NUM_GENERATED], generated)

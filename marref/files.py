@@ -7,7 +7,6 @@ holds JSON text as UTF-8 bytes.
 import contextlib
 import json
 import os
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -91,14 +90,14 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, Any]
     ValueError
         It is no such file: truncated, of another format, or with pickled objects.
     """
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            arrays = {name: archive[name] for name in archive.files}
-        metadata = json.loads(arrays.pop(_METADATA).tobytes())
-    except FileNotFoundError:
-        raise
-    except (OSError, ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path}: not a marref .npz file ({error})") from error
+    with open(path, "rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                arrays = {name: archive[name] for name in archive.files}
+            metadata = json.loads(arrays.pop(_METADATA).tobytes())
+        except Exception as error:
+            # Garbled bytes make zipfile, zlib and NumPy raise errors of a dozen types.
+            raise ValueError(f"{path}: not a marref .npz file ({error!r})") from error
     if not isinstance(metadata, dict):
         raise ValueError(f"{path}: metadata are {type(metadata).__name__}, expected an object")
     return arrays, metadata

@@ -90,11 +90,13 @@ class MAR:
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
-    def init(self, rng: np.random.Generator, dtype: npt.DTypeLike = np.float64) -> Tree:
+    def init(
+        self, rng: np.random.Generator, dtype: npt.DTypeLike = np.float64, *, std: float = 0.02
+    ) -> Tree:
         """Draw parameters.
 
-        Kernels and the embedding table come from N(0, 0.02²), the kernels that write to the
-        residual stream from N(0, 0.02²/(2·num_layers)) (see `marref.layers.block.init`); biases
+        Kernels and the embedding table come from N(0, std²), the kernels that write to the
+        residual stream from N(0, std²/(2·num_layers)) (see `marref.layers.block.init`); biases
         are 0, norm scales 1.
 
         Parameters
@@ -102,6 +104,9 @@ class MAR:
         rng : numpy.random.Generator
             The same seed gives the same numbers in every dtype, up to their rounding.
         dtype : float32, float64 or complex128
+        std : float
+            Positive.  The default is that of BERT and GPT-2 (published code), which are at least
+            768 wide; models of width 64 learn sooner with about 1/sqrt(embed_dim).
 
         Returns
         -------
@@ -110,14 +115,15 @@ class MAR:
         """
         checks.generator("rng", rng)
         dtype = trees.check_dtype("dtype", dtype)
+        std = checks.real("std", std, "(0, inf)")
         return {
-            "embedding": embedding.init(rng, self.vocab_size, self.embed_dim, dtype),
+            "embedding": embedding.init(rng, self.vocab_size, self.embed_dim, std, dtype),
             "blocks": [
-                block.init(rng, self.embed_dim, self.num_layers, dtype)
+                block.init(rng, self.embed_dim, self.num_layers, std, dtype)
                 for _ in range(self.num_layers)
             ],
             "final_norm": layer_norm.init(self.embed_dim, dtype),
-            "head": linear.init(rng, self.embed_dim, self.vocab_size, dtype=dtype),
+            "head": linear.init(rng, self.embed_dim, self.vocab_size, std, dtype),
         }
 
     def forward(

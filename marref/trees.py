@@ -167,7 +167,9 @@ def check_like(argument: str, tree: Any, shapes: dict[str, tuple[int, ...]]) -> 
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"{argument}: " + "; ".join(faults[:5]) + more)
-    dtypes = {leaf.dtype: name for name, leaf in leaves.items()}
+    dtypes: dict[np.dtype[Any], str] = {}
+    for name, leaf in leaves.items():
+        dtypes.setdefault(leaf.dtype, name)
     if len(dtypes) > 1:
         found = ", ".join(f"{dtype} ({name})" for dtype, name in dtypes.items())
         raise TypeError(f"{argument}: mixed dtypes {found}, expected one")

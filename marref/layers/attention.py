@@ -18,7 +18,11 @@ from marref.trees import Array, Tree
 
 
 def init(
-    rng: np.random.Generator, embed_dim: int, output_std: float, dtype: npt.DTypeLike = np.float64
+    rng: np.random.Generator,
+    embed_dim: int,
+    std: float,
+    output_std: float,
+    dtype: npt.DTypeLike = np.float64,
 ) -> Tree:
     """Draw the four projections.
 
@@ -26,8 +30,10 @@ def init(
     ----------
     rng : numpy.random.Generator
     embed_dim : int
+    std : float
+        Standard deviation of the kernels of query, key and value.
     output_std : float
-        Standard deviation of the output kernel, which writes to the residual stream.
+        That of the output kernel, which writes to the residual stream.
     dtype : dtype
 
     Returns
@@ -36,7 +42,7 @@ def init(
         ``query``, ``key``, ``value``, ``output``: linear layers [embed_dim, embed_dim].
     """
     params = {
-        name: linear.init(rng, embed_dim, embed_dim, dtype=dtype)
+        name: linear.init(rng, embed_dim, embed_dim, std, dtype)
         for name in ("query", "key", "value")
     }
     return {**params, "output": linear.init(rng, embed_dim, embed_dim, output_std, dtype)}

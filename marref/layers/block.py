@@ -16,12 +16,16 @@ from marref.trees import Array, Tree
 
 
 def init(
-    rng: np.random.Generator, embed_dim: int, num_layers: int, dtype: npt.DTypeLike = np.float64
+    rng: np.random.Generator,
+    embed_dim: int,
+    num_layers: int,
+    std: float,
+    dtype: npt.DTypeLike = np.float64,
 ) -> Tree:
     """Draw one of ``num_layers`` blocks.
 
     The 2·num_layers branches add up in the residual stream.  The two kernels that write to it
-    are drawn from N(0, 0.02²/(2·num_layers)), so that its variance does not grow with the depth
+    are drawn from N(0, std²/(2·num_layers)), so that its variance does not grow with the depth
     (Radford et al. 2019, GPT-2, section 2.3).
 
     Returns
@@ -29,12 +33,12 @@ def init(
     dict
         ``attention_norm``, ``attention``, ``feed_forward_norm``, ``feed_forward``.
     """
-    residual_std = 0.02 / math.sqrt(2 * num_layers)
+    residual_std = std / math.sqrt(2 * num_layers)
     return {
         "attention_norm": layer_norm.init(embed_dim, dtype),
-        "attention": attention.init(rng, embed_dim, residual_std, dtype),
+        "attention": attention.init(rng, embed_dim, std, residual_std, dtype),
         "feed_forward_norm": layer_norm.init(embed_dim, dtype),
-        "feed_forward": feed_forward.init(rng, embed_dim, residual_std, dtype),
+        "feed_forward": feed_forward.init(rng, embed_dim, std, residual_std, dtype),
     }
 
 

@@ -21,16 +21,20 @@ LAYOUTS = ("concatenated", "interleaved")
 
 
 def init(
-    rng: np.random.Generator, vocab_size: int, embed_dim: int, dtype: npt.DTypeLike = np.float64
+    rng: np.random.Generator,
+    vocab_size: int,
+    embed_dim: int,
+    std: float,
+    dtype: npt.DTypeLike = np.float64,
 ) -> Tree:
-    """Draw the table from N(0, 0.02²), as BERT and GPT-2 do.
+    """Draw the table from N(0, std²).
 
     Returns
     -------
     dict
         ``table`` [vocab_size, embed_dim].
     """
-    return {"table": rng.normal(0.0, 0.02, (vocab_size, embed_dim)).astype(dtype)}
+    return {"table": rng.normal(0.0, std, (vocab_size, embed_dim)).astype(dtype)}
 
 
 def forward(params: Tree, tokens: Array, layout: str) -> tuple[Array, Array]:

@@ -11,7 +11,11 @@ from marref.trees import Array, Tree
 
 
 def init(
-    rng: np.random.Generator, embed_dim: int, down_std: float, dtype: npt.DTypeLike = np.float64
+    rng: np.random.Generator,
+    embed_dim: int,
+    std: float,
+    down_std: float,
+    dtype: npt.DTypeLike = np.float64,
 ) -> Tree:
     """Draw both linear layers.
 
@@ -20,8 +24,10 @@ def init(
     rng : numpy.random.Generator
     embed_dim : int
         The hidden layer has 4·embed_dim units (Vaswani et al. 2017, section 3.3).
+    std : float
+        Standard deviation of the first kernel.
     down_std : float
-        Standard deviation of the second kernel, which writes to the residual stream.
+        That of the second, which writes to the residual stream.
     dtype : dtype
 
     Returns
@@ -30,7 +36,7 @@ def init(
         ``up`` [embed_dim, 4·embed_dim] and ``down`` [4·embed_dim, embed_dim], linear layers.
     """
     return {
-        "up": linear.init(rng, embed_dim, 4 * embed_dim, dtype=dtype),
+        "up": linear.init(rng, embed_dim, 4 * embed_dim, std, dtype),
         "down": linear.init(rng, 4 * embed_dim, embed_dim, down_std, dtype),
     }
 

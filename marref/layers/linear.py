@@ -10,13 +10,12 @@ def init(
     rng: np.random.Generator,
     in_features: int,
     out_features: int,
-    std: float = 0.02,
+    std: float,
     dtype: npt.DTypeLike = np.float64,
 ) -> Tree:
     """Draw the kernel W from N(0, std²) and set the bias b to 0.
 
-    The default ``std`` is that of BERT and GPT-2 (Radford et al. 2019, published code).  Numbers
-    are drawn in float64 whatever the dtype, so one seed means one model.
+    Numbers are drawn in float64 whatever the dtype, so one seed means one model.
 
     Returns
     -------

@@ -122,9 +122,9 @@ def _layers(rng: np.random.Generator) -> dict[str, _Layer]:
         "embedding": _Layer(
             lambda point: embedding.forward(point, tokens, "concatenated"),
             embedding.backward,
-            random_like(embedding.init(rng, _VOCAB, _FEATURES), rng),
+            random_like(embedding.init(rng, _VOCAB, _FEATURES, 1.0), rng),
         ),
-        "linear": layer(linear.init(rng, _FEATURES, 3), linear.forward, linear.backward),
+        "linear": layer(linear.init(rng, _FEATURES, 3, 1.0), linear.forward, linear.backward),
         "layer_norm": layer(
             layer_norm.init(_FEATURES),
             lambda params, x: layer_norm.forward(params, x, _EPSILON),
@@ -136,19 +136,19 @@ def _layers(rng: np.random.Generator) -> dict[str, _Layer]:
             {"x": x},
         ),
         "attention": layer(
-            attention.init(rng, _FEATURES, 0.02),
+            attention.init(rng, _FEATURES, 1.0, 1.0),
             lambda params, x: attention.forward(params, x, _HEADS),
             attention.backward,
         ),
         "gelu (erf)": gelu_layer("erf"),
         "gelu (tanh)": gelu_layer("tanh"),
         "feed_forward": layer(
-            feed_forward.init(rng, _FEATURES, 0.02),
+            feed_forward.init(rng, _FEATURES, 1.0, 1.0),
             lambda params, x: feed_forward.forward(params, x, "erf"),
             lambda params, dy, cache: feed_forward.backward(params, dy, cache, "erf"),
         ),
         "block": layer(
-            block.init(rng, _FEATURES, num_layers=2),
+            block.init(rng, _FEATURES, 2, 1.0),
             block_forward,
             lambda params, dy, cache: block.backward(params, dy, cache, gelu="erf"),
         ),

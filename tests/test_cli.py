@@ -1,0 +1,116 @@
+import csv
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import marref
+from marref import cli, demo
+from marref.verify import self_check
+
+
+def test_check_prints_every_gradient_and_succeeds(capsys):
+    assert cli.main(["check"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("layer_norm", "blocks.1.attention.key.bias", "gelu (tanh)", "embedding.table"):
+        assert name in printed
+    assert "all gradients agree" in printed
+    assert "FAILED" not in printed
+
+
+@pytest.mark.parametrize("error", [1e-3, float("nan")])
+def test_check_fails_if_a_gradient_does(capsys, monkeypatch, error):
+    rows = [
+        self_check.Row("layer_norm", "x", (2, 3), {"complex-step": error, "central": 1e-9}),
+        self_check.Row("linear", "x", (2, 3), {"complex-step": 1e-16, "central": 1e-9}),
+    ]
+    monkeypatch.setattr(self_check, "run", lambda seed: iter(rows))
+    assert cli.main(["check"]) == 1
+    printed = capsys.readouterr().out
+    assert "1 failed" in printed
+    assert printed.count("FAILED") == 1
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """A demo of a moment."""
+    monkeypatch.setattr(demo, "NUM_GENERATED", 4)
+    return ["demo", "--quick", "--steps", "2"]
+
+
+def test_demo_writes_what_it_says_and_can_be_repeated(tiny, tmp_path, capsys):
+    out = tmp_path / "deep" / "out"
+    assert cli.main([*tiny, "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    for ratio in ("0.25", "0.50", "0.75", "1.00"):
+        assert re.search(rf"^ +{ratio} +\d\.\d+ +\d\.\d+$", printed, re.MULTILINE)
+    model, _ = marref.load_model(out / "parameters.npz")
+    assert model == demo.QUICK.model
+    with (out / "history.csv").open() as file:
+        history = list(csv.DictReader(file))
+    assert [row["step"] for row in history] == ["1", "2"]
+    assert float(history[0]["loss"]) > 0
+
+    again = tmp_path / "again"
+    cli.main([*tiny, "--out", str(again)])
+    same = (again / "parameters.npz").read_bytes() == (out / "parameters.npz").read_bytes()
+    assert same, "one seed is one result"
+    cli.main([*tiny, "--out", str(again), "--seed", "1"])
+    assert (again / "parameters.npz").read_bytes() != (out / "parameters.npz").read_bytes()
+
+
+def test_demo_draws_its_pictures(tiny, tmp_path):
+    pytest.importorskip("matplotlib")
+    cli.main([*tiny, "--out", str(tmp_path)])
+    for name in ("loss.png", "samples.png", "unmasking.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_the_viz_extra_the_demo_says_what_it_would_add(tiny, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(demo, "tqdm", None)
+    monkeypatch.setitem(sys.modules, "marref.plots", None)
+    monkeypatch.delattr(marref, "plots", raising=False)
+    assert cli.main([*tiny, "--out", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert 'pip install ".[viz]"' in printed
+    assert re.search(r"step 2/2: loss \d\.\d+, learning rate \S+, [\d,]+ tokens/s", printed)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["history.csv", "parameters.npz"]
+
+
+def test_pixels_are_drawn_darker_with_more_ink_and_masks_as_question_marks():
+    blank, full, masked = (np.full(64, token) for token in (1, 17, 0))
+    first_line = demo.side_by_side([full, masked, blank]).splitlines()[0]
+    assert first_line == "@" * 16 + "  | " + "?" * 16 + "  |"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["demo", "--steps", "0"], "received 0, expected an integer >= 1"),
+        (["demo", "--seed", "x"], "received x, expected an integer >= 0"),
+        (["dance"], "invalid choice"),
+        ([], "required"),
+    ],
+)
+def test_bad_arguments_are_one_clear_line_and_status_2(arguments, message, capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(arguments)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert cli.main(["demo", "--quick", "--out", str(tmp_path / "file" / "out")]) == 2
+    assert capsys.readouterr().err.startswith("marref: ")
+
+
+def test_importing_marref_imports_neither_matplotlib_nor_torch_nor_scipy_stats():
+    code = (
+        "import sys, marref; "
+        "print([m for m in ('matplotlib', 'torch', 'scipy.stats', 'tqdm') if m in sys.modules])"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "[]"

@@ -1,0 +1,308 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
+
+import marref
+from marref import decoding, schedules, trees
+
+from . import strategies
+
+
+@st.composite
+def decodings(draw):
+    """A case and options for the decoder; the case's tokens are partly known."""
+    case = draw(strategies.cases())
+    order = draw(st.sampled_from(decoding.ORDERS))
+    sampled = order == "random" or draw(st.booleans())
+    noisy = sampled and order == "confidence" and draw(st.booleans())
+    options = {
+        "num_steps": draw(st.integers(1, 9)),
+        "temperature": draw(st.sampled_from([0.01, 1.0, 7.0])),
+        "schedule": draw(st.sampled_from(["cosine", "linear"])),
+        "order": order,
+        "choice_temperature": 4.5 if noisy else 0.0,
+    }
+    seed = draw(st.integers(0, 2**32 - 1))
+    return case, options, (lambda: np.random.default_rng(seed)) if sampled else (lambda: None)
+
+
+def with_logits(logits, seq_len=4):
+    """A model whose logits are the given ones at every position, whatever the tokens."""
+    model = marref.build(len(logits), embed_dim=2, num_layers=1, num_heads=1, seq_len=seq_len)
+    params = trees.map_leaves(np.zeros_like, model.init(np.random.default_rng(0)))
+    params["head"]["bias"] = np.array(logits)
+    return model, params
+
+
+@given(decoding=decodings())
+@settings(max_examples=150)
+def test_what_holds_for_every_decoding(decoding):
+    (model, params, start, *_), options, make_rng = decoding
+    tokens, steps = marref.iterative_decode(
+        model, params, tokens=start, rng=make_rng(), return_steps=True, **options
+    )
+    known = start != 0
+    assert tokens.shape == start.shape
+    assert tokens.dtype == np.int64
+    assert ((tokens > 0) & (tokens < model.vocab_size)).all(), "[MASK] is never emitted"
+    np.testing.assert_array_equal(tokens[known], start[known], "known tokens are kept")
+
+    masks = np.concatenate([~known[np.newaxis], steps["mask"]])
+    assert (masks[1:] <= masks[:-1]).all(), "what is revealed stays revealed"
+    assert not masks[-1].any(), "all is revealed by the last step"
+    schedule = schedules.SCHEDULES[options["schedule"]]
+    for row in range(len(start)):
+        counts = schedule(int((~known[row]).sum()), options["num_steps"])
+        revealed = -np.diff(masks[:, row].sum(axis=1))
+        np.testing.assert_array_equal(revealed[: len(counts)], counts)
+        assert (revealed[len(counts) :] == 0).all()
+    assert len(steps["mask"]) == max(min(options["num_steps"], int(row.sum())) for row in ~known)
+
+    assert (steps["tokens"][steps["mask"]] == 0).all()
+    for before, after, mask in zip(
+        steps["tokens"][:-1], steps["tokens"][1:], steps["mask"][:-1], strict=True
+    ):
+        np.testing.assert_array_equal(before[~mask], after[~mask], "revealed tokens stay")
+    confidence = steps["confidence"]
+    assert ((confidence > 0) & (confidence <= 1 + 1e-12)).all()
+    assert (confidence[:, known] == 1).all()
+
+    again = marref.iterative_decode(model, params, tokens=start, rng=make_rng(), **options)
+    np.testing.assert_array_equal(again, tokens, "one seed is one result")
+
+
+@given(case=strategies.cases(), temperature=st.sampled_from([0.3, 1.0, 3.0]))
+def test_each_step_reveals_the_most_confident_arg_max(case, temperature):
+    model, params, start, *_ = case
+    _, steps = marref.iterative_decode(
+        model, params, tokens=start, temperature=temperature, num_steps=3, return_steps=True
+    )
+    tokens, mask = start, start == 0
+    for after, mask_after, confidence_after in zip(
+        steps["tokens"], steps["mask"], steps["confidence"], strict=True
+    ):
+        logits = model(params, tokens)
+        logits[..., 0] = -np.inf
+        probabilities = np.exp((logits - logits.max(axis=-1, keepdims=True)) / temperature)
+        probabilities /= probabilities.sum(axis=-1, keepdims=True)
+        confidence = probabilities.max(axis=-1)
+        revealed = mask & ~mask_after
+        np.testing.assert_array_equal(after[revealed], logits.argmax(axis=-1)[revealed])
+        np.testing.assert_allclose(confidence_after[mask], confidence[mask], rtol=1e-10)
+        for row in range(len(tokens)):
+            if mask_after[row].any() and revealed[row].any():
+                least = confidence[row, revealed[row]].min()
+                assert least >= confidence[row, mask_after[row]].max() * (1 - 1e-10)
+        tokens, mask = after, mask_after
+
+
+@given(case=strategies.cases())
+@settings(max_examples=30)
+def test_a_sequence_does_not_depend_on_the_batch_that_it_sits_in(case):
+    model, params, start, *_ = case
+    together = marref.iterative_decode(model, params, tokens=start, num_steps=3)
+    alone = [
+        marref.iterative_decode(model, params, tokens=row[np.newaxis], num_steps=3) for row in start
+    ]
+    np.testing.assert_array_equal(together, np.concatenate(alone))
+
+
+def test_the_specification_s_call_returns_one_sequence():
+    model = marref.build(vocab_size=9, embed_dim=8, num_layers=1, num_heads=2, seq_len=12)
+    params = model.init(np.random.default_rng(0))
+    tokens = marref.iterative_decode(
+        model, params, seq_len=12, vocab_size=9, num_steps=8, mask_token_id=0, temperature=1.0
+    )
+    assert tokens.shape == (1, 12)
+    np.testing.assert_array_equal(marref.iterative_decode(model, params), tokens)
+    assert marref.iterative_decode(model, params, seq_len=5, batch_size=3).shape == (3, 5)
+
+
+def test_equal_confidences_go_to_the_lower_position_and_equal_logits_to_the_lower_id():
+    model, params = with_logits([0.0, 1.0, 1.0], seq_len=4)
+    tokens, steps = marref.iterative_decode(
+        model, params, num_steps=4, schedule="linear", return_steps=True
+    )
+    assert tokens.tolist() == [[1, 1, 1, 1]]
+    assert steps["mask"][:, 0].tolist() == [
+        [False, True, True, True],
+        [False, False, True, True],
+        [False, False, False, True],
+        [False, False, False, False],
+    ]
+
+
+def test_the_mask_token_is_left_out_of_the_softmax_too():
+    model, params = with_logits([5.0, 1.0, 0.0])
+    tokens, steps = marref.iterative_decode(model, params, num_steps=1, return_steps=True)
+    assert (tokens == 1).all()
+    assert steps["confidence"] == pytest.approx(1 / (1 + np.exp(-1)))
+
+
+def test_with_exclude_mask_token_off_the_mask_token_may_be_emitted():
+    model, params = with_logits([5.0, 1.0, 0.0])
+    tokens, steps = marref.iterative_decode(
+        model, params, num_steps=2, exclude_mask_token=False, return_steps=True
+    )
+    assert (tokens == 0).all()
+    assert not steps["mask"][-1].any()
+    assert steps["confidence"] == pytest.approx(1 / (1 + np.exp(-4) + np.exp(-5)))
+
+
+def test_another_id_may_be_the_mask_token():
+    model, params = with_logits([0.0, 1.0, 9.0])
+    tokens = marref.iterative_decode(model, params, mask_token_id=2, tokens=[[2, 0, 2, 2]])
+    assert tokens.tolist() == [[1, 0, 1, 1]]
+
+
+def test_temperature_scales_confidence_but_not_the_arg_max():
+    model, params = with_logits([0.0, 2.0, 1.0])
+    for temperature in (0.5, 1.0, 4.0):
+        tokens, steps = marref.iterative_decode(
+            model, params, num_steps=1, temperature=temperature, return_steps=True
+        )
+        assert (tokens == 1).all()
+        assert steps["confidence"] == pytest.approx(1 / (1 + np.exp(-1 / temperature)))
+
+
+def test_extreme_temperatures_give_no_nan():
+    model, params = with_logits([0.0, 2.0, 1.0])
+    for temperature in (1e-300, 1e300):
+        _, steps = marref.iterative_decode(
+            model, params, temperature=temperature, return_steps=True
+        )
+        assert np.isfinite(steps["confidence"]).all()
+
+
+def test_confidence_keeps_sure_tokens_apart_in_float32():
+    # 1 - 1e-10 and 1 - 1e-12 are both 1 in float32; their logarithms are not equal.
+    logits = np.array([[-np.inf, 0.0, -23.0], [-np.inf, 0.0, -27.6]], np.float32)
+    _, log_confidence = decoding._predict(logits, 1.0, None)
+    np.testing.assert_allclose(log_confidence, -np.exp([-23.0, -27.6]), rtol=1e-5)
+
+
+def test_drawn_tokens_follow_the_softmax_at_the_temperature():
+    logits, temperature, count = [3.0, 0.0, 1.0, 2.0], 1.5, 40_000
+    model, params = with_logits(logits, seq_len=4)
+    tokens, steps = marref.iterative_decode(
+        model,
+        params,
+        batch_size=count // 4,
+        num_steps=1,
+        temperature=temperature,
+        rng=np.random.default_rng(0),
+        return_steps=True,
+    )
+    expected = np.exp(np.array(logits[1:]) / temperature)
+    expected /= expected.sum()
+    assert stats.chisquare(np.bincount(tokens.ravel())[1:], count * expected).pvalue > 1e-3
+    np.testing.assert_allclose(steps["confidence"][-1], expected[tokens - 1], rtol=1e-12)
+
+
+def test_random_order_reveals_every_position_first_equally_often():
+    model, params = with_logits([0.0, 1.0, 2.0], seq_len=4)
+    _, steps = marref.iterative_decode(
+        model,
+        params,
+        batch_size=8000,
+        num_steps=4,
+        order="random",
+        rng=np.random.default_rng(0),
+        return_steps=True,
+    )
+    first = (~steps["mask"][0]).sum(axis=0)
+    assert stats.chisquare(first).pvalue > 1e-3
+
+
+def test_a_large_choice_temperature_makes_the_order_random():
+    model = marref.build(vocab_size=3, embed_dim=2, num_layers=1, num_heads=1, seq_len=3)
+    params = strategies.random_params(model, np.random.default_rng(1))
+
+    def first_revealed(choice_temperature):
+        _, steps = marref.iterative_decode(
+            model,
+            params,
+            batch_size=2000,
+            num_steps=3,
+            schedule="linear",
+            temperature=1e-6,
+            choice_temperature=choice_temperature,
+            rng=np.random.default_rng(0),
+            return_steps=True,
+        )
+        return (~steps["mask"][0]).mean(axis=0)
+
+    # At temperature 1e-6 nothing is left to the drawing of tokens.
+    assert sorted(first_revealed(0.0)) == [0.0, 0.0, 1.0]
+    assert first_revealed(1e9) == pytest.approx([1 / 3] * 3, abs=0.05)
+
+
+class OneNudge(np.random.Generator):
+    """Draws no noise at all, but 1 at one place, when positions are chosen in one step."""
+
+    def __init__(self, step, place, batch_shape):
+        super().__init__(np.random.PCG64(0))
+        self.countdown, self.place, self.batch_shape = step, place, batch_shape
+
+    def gumbel(self, loc=0.0, scale=1.0, size=None):
+        noise = np.zeros(size)
+        if size == self.batch_shape:
+            self.countdown -= 1
+            noise[self.place] = self.countdown == 0
+        return noise
+
+
+@pytest.mark.parametrize("step", [1, 2, 3])
+def test_gumbel_noise_in_step_k_of_K_is_scaled_by_1_minus_k_over_K(step):
+    model = marref.build(vocab_size=5, embed_dim=4, num_layers=1, num_heads=1, seq_len=4)
+    params = strategies.random_params(model, np.random.default_rng(2))
+    options = {"num_steps": 4, "schedule": "linear", "return_steps": True}
+    _, quiet = marref.iterative_decode(model, params, **options)
+    last = int(np.flatnonzero(quiet["mask"][2, 0])[0])
+    confidence = np.log(quiet["confidence"][step - 1, 0])
+    masked = quiet["mask"][step - 2, 0] if step > 1 else np.ones(4, bool)
+    gap = confidence[masked].max() - confidence[last]
+    for factor, overtakes in ((0.99, False), (1.01, True)):
+        _, steps = marref.iterative_decode(
+            model,
+            params,
+            choice_temperature=factor * gap / (1 - step / 4),
+            rng=OneNudge(step, (0, last), (1, 4)),
+            **options,
+        )
+        assert steps["mask"][step - 1, 0, last] == (not overtakes)
+
+
+def test_a_schedule_may_be_a_function():
+    model, params = with_logits([0.0, 1.0, 2.0], seq_len=5)
+    _, steps = marref.iterative_decode(
+        model, params, schedule=lambda masked, _: np.array([0, masked - 1, 1, 0]), return_steps=True
+    )
+    assert steps["mask"].sum(axis=(1, 2)).tolist() == [5, 1, 0, 0]
+
+
+def test_nothing_masked_takes_no_step():
+    model, params = with_logits([0.0, 1.0, 2.0])
+    tokens, steps = marref.iterative_decode(model, params, tokens=[[1, 2, 1]], return_steps=True)
+    assert tokens.tolist() == [[1, 2, 1]]
+    assert {name: array.shape for name, array in steps.items()} == dict.fromkeys(
+        ("tokens", "mask", "confidence"), (0, 1, 3)
+    )
+
+
+def test_the_head_runs_at_the_masked_positions_only(monkeypatch):
+    model, params = with_logits([0.0, 1.0, 2.0], seq_len=6)
+    rows = []
+    original = decoding.head_forward
+
+    def counting(model, params, x):
+        rows.append(x.shape)
+        return original(model, params, x)
+
+    monkeypatch.setattr(decoding, "head_forward", counting)
+    marref.iterative_decode(
+        model, params, tokens=[[0, 1, 0, 0, 1, 1]], num_steps=3, schedule="linear"
+    )
+    assert rows == [(3, 2), (2, 2), (1, 2)]

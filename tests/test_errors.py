@@ -1,0 +1,260 @@
+"""Bad input: what is said about it names the argument, what was received, what was expected."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+import marref
+from marref import loss, optim, schedules, training, trees
+
+MODEL = marref.build(vocab_size=5, embed_dim=4, num_layers=1, num_heads=2, seq_len=6)
+RNG = np.random.default_rng(0)
+PARAMS = MODEL.init(np.random.default_rng(0))
+TOKENS = np.ones((2, 3), int)
+LOGITS = np.zeros((2, 3, 5))
+MASK = np.ones((2, 3), bool)
+STATE = optim.init(PARAMS)
+
+
+def without(name):
+    leaves = trees.flatten(PARAMS)
+    del leaves[name]
+    return trees.unflatten(leaves)
+
+
+def with_leaf(name, leaf):
+    return trees.unflatten({**trees.flatten(PARAMS), name: leaf})
+
+
+def filled(shape, place, value):
+    array = np.zeros(shape)
+    array[place] = value
+    return array
+
+
+def decode(**options):
+    return lambda: marref.iterative_decode(MODEL, PARAMS, **options)
+
+
+def train(**options):
+    defaults = {"num_steps": 2, "batch_size": 2, "learning_rate": 0.1, "rng": RNG}
+    return lambda: training.train(MODEL, PARAMS, TOKENS, **{**defaults, **options})
+
+
+def step(**options):
+    return lambda: optim.step(PARAMS, PARAMS, STATE, **{"learning_rate": 0.1, **options})
+
+
+def gradients(**options):
+    point = {"x": np.ones(2)}
+    return lambda: marref.check_gradients(
+        **{"function": lambda p: p["x"].sum(), "point": point, "gradients": point, **options}
+    )
+
+
+BAD_CALLS = {
+    # The hyper-parameters.
+    "vocab_size: received 1, expected an integer >= 2": lambda: marref.build(1),
+    "vocab_size: received 5.0, expected an integer": lambda: marref.build(5.0),
+    "vocab_size: received True, expected an integer": lambda: marref.build(True),
+    "embed_dim: received 0, expected an integer >= 1": lambda: marref.build(5, embed_dim=0),
+    "embed_dim: received 9, expected an even number": lambda: marref.build(
+        5, embed_dim=9, num_heads=3
+    ),
+    "embed_dim: received 10, expected a multiple of num_heads = 4": lambda: marref.build(
+        5, embed_dim=10, num_heads=4
+    ),
+    "num_layers: received 0": lambda: marref.build(5, num_layers=0),
+    "num_heads: received -1": lambda: marref.build(5, num_heads=-1),
+    "seq_len: received '8', expected an integer": lambda: marref.build(5, seq_len="8"),
+    "dropout: received 1.0, expected a number in [0, 1)": lambda: marref.build(5, dropout=1.0),
+    "dropout: received -0.1": lambda: marref.build(5, dropout=-0.1),
+    "dropout: received nan": lambda: marref.build(5, dropout=float("nan")),
+    "dropout: received None, expected a real number": lambda: marref.build(5, dropout=None),
+    "layer_norm_epsilon: received 0, expected a number in (0, inf)": lambda: marref.build(
+        5, layer_norm_epsilon=0
+    ),
+    "gelu: received 'relu', expected one of erf, tanh": lambda: marref.build(5, gelu="relu"),
+    "positions: received 'rotary', expected one of concatenated, interleaved": lambda: marref.build(
+        5, positions="rotary"
+    ),
+    # Parameters and tokens.
+    "rng: received int, expected a numpy.random.Generator": lambda: MODEL.init(0),
+    "dtype: dtype float16, expected float32, float64": lambda: MODEL.init(RNG, np.float16),
+    "std: received 0, expected a number in (0, inf)": lambda: MODEL.init(RNG, std=0),
+    "params: blocks.0.attention.key.bias is missing": lambda: MODEL(
+        without("blocks.0.attention.key.bias"), TOKENS
+    ),
+    "params: head.extra is not expected": lambda: MODEL(
+        with_leaf("head.extra", np.ones(1)), TOKENS
+    ),
+    "params: head.kernel has shape [5, 4], expected [4, 5]": lambda: MODEL(
+        with_leaf("head.kernel", np.ones((5, 4))), TOKENS
+    ),
+    "params: mixed dtypes float64 (embedding.table), float32 (head.bias)": lambda: MODEL(
+        with_leaf("head.bias", np.ones(5, np.float32)), TOKENS
+    ),
+    "params: dtype int64, expected float32": lambda: MODEL(
+        trees.map_leaves(lambda leaf: leaf.astype(int), PARAMS), TOKENS
+    ),
+    "tree: 'head.bias' is str, expected dict, list or array": lambda: MODEL(
+        {**PARAMS, "head": {"kernel": PARAMS["head"]["kernel"], "bias": "zero"}}, TOKENS
+    ),
+    "tree: key 'a.b' under 'the root' is not a name": lambda: trees.flatten({"a.b": TOKENS}),
+    "tree: key 3 under 'the root' is not a name": lambda: trees.flatten({3: TOKENS}),
+    "tokens: dtype float64, expected integers": lambda: MODEL(PARAMS, np.ones((2, 3))),
+    "tokens: shape [3], expected [batch, length]": lambda: MODEL(PARAMS, [1, 2, 3]),
+    "tokens: id 9 at [0, 1] is not in [0, 5)": lambda: MODEL(PARAMS, [[1, 9]]),
+    "tokens: id -1 at [0, 0] is not in [0, 5)": lambda: MODEL(PARAMS, [[-1, 1]]),
+    "tokens: shape [1, 7], expected [batch, length] with batch >= 1 and length in [1,": lambda: (
+        MODEL(PARAMS, [[1] * 7])
+    ),
+    "tokens: shape [0, 3], expected": lambda: MODEL(PARAMS, np.ones((0, 3), int)),
+    "rng: received str": lambda: MODEL.forward(PARAMS, TOKENS, "seed"),
+    "dlogits: shape [2, 3, 4], expected [2, 3, 5]": lambda: MODEL.backward(
+        PARAMS, np.zeros((2, 3, 4)), MODEL.forward(PARAMS, TOKENS)[1]
+    ),
+    "dlogits: dtype float32, expected float64 as in params": lambda: MODEL.backward(
+        PARAMS, LOGITS.astype(np.float32), MODEL.forward(PARAMS, TOKENS)[1]
+    ),
+    # The loss.
+    "logits: dtype int64, expected float32": lambda: marref.mar_loss(
+        LOGITS.astype(int), TOKENS, MASK
+    ),
+    "logits: shape [], expected [..., vocab_size]": lambda: marref.mar_loss(1.0, 0, True),
+    "logits: nan at [1, 2, 3], expected finite numbers": lambda: marref.mar_loss(
+        filled((2, 3, 5), (1, 2, 3), np.nan), TOKENS, MASK
+    ),
+    "logits: -inf at [0, 0, 1], expected finite numbers": lambda: marref.mar_loss(
+        filled((2, 3, 5), (0, 0, 1), -np.inf), TOKENS, ~MASK
+    ),
+    "targets: shape [2, 2], expected [2, 3]": lambda: marref.mar_loss(LOGITS, TOKENS[:, :2], MASK),
+    "targets: dtype float64, expected integers": lambda: marref.mar_loss(
+        LOGITS, TOKENS.astype(float), MASK
+    ),
+    "targets: id 5 at [0, 0] is not in [0, 5)": lambda: marref.mar_loss(LOGITS, TOKENS * 5, MASK),
+    "targets: id -100 at [0, 0] is not in [0, 5)": lambda: loss.forward(
+        LOGITS, TOKENS * -100, ~MASK
+    ),
+    "mask: shape [1, 3], expected [2, 3]": lambda: marref.mar_loss(LOGITS, TOKENS, MASK[:1]),
+    "mask: 0.5 at [0, 0], expected 0 or 1": lambda: marref.mar_loss(LOGITS, TOKENS, MASK * 0.5),
+    "mask: dtype complex128, expected booleans": lambda: marref.mar_loss(
+        LOGITS, TOKENS, MASK.astype(complex)
+    ),
+    "targets: shape [2, 2], expected [2, 3] ": lambda: marref.loss_and_grads(
+        MODEL, PARAMS, TOKENS, TOKENS[:, :2], MASK
+    ),
+    "mask: 2 at [0, 0], expected 0 or 1": lambda: marref.loss_and_grads(
+        MODEL, PARAMS, TOKENS, TOKENS, MASK * 2
+    ),
+    # Masking.
+    "schedule: received 'linear', expected one of one-minus-cosine, cosine, arccos, uniform, "
+    "truncated-normal": lambda: marref.sample_mask_ratio(RNG, "linear"),
+    "rng: received RandomState": lambda: marref.sample_mask_ratio(np.random.RandomState(0)),
+    "size: received -1, expected an integer >= 0": lambda: marref.sample_mask_ratio(RNG, size=-1),
+    "ratio: received 1.5, expected numbers in [0, 1]": lambda: marref.mask_tokens(TOKENS, 1.5, RNG),
+    "ratio: received nan": lambda: marref.mask_tokens(TOKENS, float("nan"), RNG),
+    "ratio: shape [3], expected a scalar or [2]": lambda: marref.mask_tokens(
+        TOKENS, [0.1] * 3, RNG
+    ),
+    "ratio: dtype <U3, expected real numbers": lambda: marref.mask_tokens(TOKENS, "0.5", RNG),
+    "rng: received NoneType": lambda: marref.mask_tokens(TOKENS, 0.5, None),
+    "mask_token_id: received -1": lambda: marref.mask_tokens(TOKENS, 0.5, RNG, -1),
+    "mask_token_id: received 300, expected an integer in [0, 255]": lambda: marref.mask_tokens(
+        TOKENS.astype(np.uint8), 0.5, RNG, 300
+    ),
+    "tokens: shape [2, 0], expected length >= 1": lambda: marref.mask_tokens(
+        TOKENS[:, :0], 0.5, RNG
+    ),
+    # Decoding.
+    "model: received dict, expected a marref.MAR": lambda: marref.iterative_decode({}, PARAMS),
+    "vocab_size: received 8192, expected the model's 5": decode(vocab_size=8192),
+    "seq_len: received 7, expected an integer in [1, 6]": decode(seq_len=7),
+    "num_steps: received 0, expected an integer >= 1": decode(num_steps=0),
+    "mask_token_id: received 5, expected an integer in [0, 4]": decode(mask_token_id=5),
+    "temperature: received 0, expected a number in (0, inf)": decode(temperature=0),
+    "temperature: received inf": decode(temperature=float("inf")),
+    "batch_size: received 0": decode(batch_size=0),
+    "tokens: shape [2, 3], expected [4, 3]": decode(tokens=TOKENS, batch_size=4),
+    "tokens: shape [2, 3], expected [2, 5]": decode(tokens=TOKENS, seq_len=5),
+    "tokens: id 7 at [0, 0] is not in [0, 5)": decode(tokens=TOKENS * 7),
+    "schedule: received 'sine', expected one of cosine, linear": decode(schedule="sine"),
+    "schedule: returned array([6, 1]) for 6 masked positions": decode(
+        schedule=lambda *_: np.array([6, 1])
+    ),
+    "schedule: returned array([-1,  7]) for 6 masked positions": decode(
+        schedule=lambda *_: np.array([-1, 7])
+    ),
+    "order: received 'left-to-right', expected one of confidence, random": decode(
+        order="left-to-right"
+    ),
+    'rng: received None, but order="random"': decode(order="random"),
+    "rng: received None, but ": decode(choice_temperature=1.0),
+    "rng: received int, expected": decode(rng=3),
+    "choice_temperature: received -1": decode(choice_temperature=-1, rng=RNG),
+    'choice_temperature: received 1.0, expected 0 with order="random"': decode(
+        choice_temperature=1.0, rng=RNG, order="random"
+    ),
+    "logits: nan at [0, 0], expected finite numbers": lambda: marref.iterative_decode(
+        MODEL, with_leaf("head.bias", np.full(5, np.nan))
+    ),
+    "params: dtype complex128, expected float32 or float64": lambda: marref.iterative_decode(
+        MODEL, MODEL.init(RNG, complex)
+    ),
+    "num_masked: received -1": lambda: schedules.cosine(-1, 4),
+    "num_steps: received 0, expected": lambda: schedules.linear(4, 0),
+    # The optimiser.
+    "learning_rate: received -1": step(learning_rate=-1),
+    "beta1: received 1.0, expected a number in [0, 1)": step(beta1=1.0),
+    "beta2: received 2": step(beta2=2),
+    "epsilon: received 0": step(epsilon=0),
+    "weight_decay: received -0.1": step(weight_decay=-0.1),
+    "grads: head.bias is missing": lambda: optim.step(PARAMS, without("head.bias"), STATE, 0.1),
+    "grads: dtype float32, expected float64 as in params": lambda: optim.step(
+        PARAMS, MODEL.init(RNG, np.float32), STATE, 0.1
+    ),
+    "state: expected the result of init": lambda: optim.step(PARAMS, PARAMS, {}, 0.1),
+    "max_norm: received 0": lambda: optim.clip_by_global_norm(PARAMS, 0),
+    "warmup_steps: received 9, expected an integer in [0, 8]": lambda: optim.warmup_cosine(
+        0, peak=1.0, warmup_steps=9, total_steps=9
+    ),
+    "step: received 10, expected an integer in [0, 9]": lambda: optim.warmup_cosine(
+        10, peak=1.0, warmup_steps=1, total_steps=9
+    ),
+    # Training and checks.
+    "num_steps: received 0": train(num_steps=0),
+    "batch_size: received 0, expected an integer >= 1": train(batch_size=0),
+    "learning_rate: received 0, expected a number in (0, inf)": train(learning_rate=0),
+    "mask_schedule: received 'all', expected one of": train(mask_schedule="all"),
+    "warmup_steps: received 2, expected an integer in [0, 1]": train(warmup_steps=2),
+    "rng: received NoneType, expected": train(rng=None),
+    "method: received 'forward', expected one of complex-step, central": gradients(
+        method="forward"
+    ),
+    "gradients: x is missing": gradients(gradients={}),
+    "point: dtype float32, expected float64": gradients(point={"x": np.ones(2, np.float32)}),
+    "max_entries: received 0": gradients(max_entries=0, rng=RNG),
+    "rng: received NoneType, expected a numpy.random.Generator": gradients(max_entries=1),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_bad_call(message):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        BAD_CALLS[message]()
+    assert message.strip() in str(caught.value)
+
+
+def test_the_table_is_long_enough():
+    assert len(BAD_CALLS) >= 60
+
+
+def test_only_a_few_of_many_wrong_names_are_listed():
+    with pytest.raises(ValueError, match="and 16 more"):
+        MODEL({}, TOKENS)
+
+
+def test_hyper_parameters_cannot_be_changed_behind_the_checks():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        MODEL.dropout = 2.0

@@ -1,0 +1,108 @@
+import contextlib
+import io
+import os
+import pickle
+import zipfile
+
+import numpy as np
+import pytest
+
+import marref
+from marref import files, trees
+
+from . import strategies
+
+
+@pytest.fixture
+def trained():
+    model = marref.build(
+        vocab_size=5, embed_dim=4, num_layers=2, num_heads=2, seq_len=3, gelu="tanh"
+    )
+    return model, strategies.random_params(model, np.random.default_rng(0), np.float32)
+
+
+def test_a_model_comes_back_as_it_was(trained, tmp_path):
+    model, params = trained
+    marref.save_model(tmp_path / "model.npz", model, params)
+    loaded_model, loaded = marref.load_model(tmp_path / "model.npz")
+    assert loaded_model == model
+    np.testing.assert_array_equal(loaded_model(loaded, [[1, 2]]), model(params, [[1, 2]]))
+    assert list(trees.flatten(loaded)) == list(trees.flatten(params))
+
+
+def test_the_same_model_is_the_same_bytes(trained, tmp_path):
+    for name in ("a", "b"):
+        marref.save_model(tmp_path / name, *trained)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_a_file_is_written_whole_or_not_at_all(trained, tmp_path, monkeypatch):
+    path = tmp_path / "model.npz"
+    marref.save_model(path, *trained)
+    before = path.read_bytes()
+
+    def fails(file, **_):
+        file.write(b"half of it")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(np, "savez", fails)
+    with pytest.raises(OSError, match="No space left"):
+        marref.save_model(path, *trained)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["model.npz"]
+
+
+def test_a_truncated_or_garbled_file_is_one_clear_error(trained, tmp_path):
+    path = tmp_path / "model.npz"
+    marref.save_model(path, *trained)
+    whole = path.read_bytes()
+    for size in (0, 1, 10, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        with pytest.raises(ValueError, match=r"model.npz: "):
+            marref.load_model(path)
+    rng = np.random.default_rng(0)
+    for _ in range(300):
+        garbled = bytearray(whole)
+        for place in rng.integers(len(whole), size=3):
+            garbled[place] ^= 1 << rng.integers(8)
+        path.write_bytes(garbled)
+        with contextlib.suppress(ValueError):
+            marref.load_model(path)
+
+
+def test_nothing_is_unpickled(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    raw = tmp_path / "raw.npz"
+    raw.write_bytes(pickle.dumps(Bomb()))
+    with zipfile.ZipFile(tmp_path / "zip.npz", "w") as archive:
+        buffer = io.BytesIO()
+        np.save(buffer, np.array([Bomb()], object), allow_pickle=True)
+        archive.writestr("head.bias.npy", buffer.getvalue())
+        archive.writestr("__metadata__.npy", buffer.getvalue())
+    for path in (raw, tmp_path / "zip.npz"):
+        with pytest.raises(ValueError, match="not a marref"):
+            files.load(path)
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({}, "hold no model"),
+        ({"model": {"vocab_size": 5, "colour": 1}}, "colour"),
+        ({"model": {"vocab_size": 1}}, "vocab_size: received 1"),
+        ({"model": {"vocab_size": 5, "embed_dim": 4, "num_heads": 2}}, "is missing"),
+    ],
+)
+def test_a_file_that_holds_no_model_is_rejected(tmp_path, metadata, message):
+    files.save(tmp_path / "x.npz", {"a": np.ones(1)}, metadata)
+    with pytest.raises(ValueError, match=message):
+        marref.load_model(tmp_path / "x.npz")
+
+
+def test_a_missing_file_is_a_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        marref.load_model(tmp_path / "nowhere.npz")

@@ -1,0 +1,53 @@
+import numpy as np
+import pytest
+
+from marref import optim, trees
+
+
+def test_the_first_step_has_the_size_of_the_learning_rate_whatever_the_gradient():
+    for size in (1e-3, 1.0, 1e6):
+        params = {"w": np.zeros(2)}
+        stepped, state = optim.step(
+            params, {"w": np.array([size, -size])}, optim.init(params), 0.1, epsilon=1e-12
+        )
+        np.testing.assert_allclose(stepped["w"], [-0.1, 0.1], rtol=1e-8)
+        assert state["step"] == 1
+
+
+def test_two_steps_by_hand():
+    params, state = {"w": np.array([1.0])}, optim.init({"w": np.array([1.0])})
+    options = {"beta1": 0.5, "beta2": 0.75, "epsilon": 0.5, "weight_decay": 0.1}
+    # m = 2, v = 4, both corrected to 4 and 16: 1 - 0.1 (4 / (4 + 0.5) + 0.1·1).
+    params, state = optim.step(params, {"w": np.array([4.0])}, state, 0.1, **options)
+    first = 1 - 0.1 * (4 / 4.5 + 0.1)
+    assert params["w"] == pytest.approx(first, rel=1e-15)
+    # m = 0.5·2 - 0.5·2 = 0, v = 0.75·4 + 0.25·4 = 4: only the decay is left.
+    params, state = optim.step(params, {"w": np.array([-2.0])}, state, 0.1, **options)
+    assert params["w"] == pytest.approx(first * 0.99, rel=1e-15)
+    assert state["second_moment"]["w"] == pytest.approx(4.0)
+
+
+def test_float32_stays_float32():
+    params = {"w": np.ones(3, np.float32)}
+    stepped, state = optim.step(params, params, optim.init(params), 0.1, weight_decay=0.1)
+    leaves = trees.flatten({"params": stepped, "m": state["first_moment"]})
+    assert {leaf.dtype for leaf in leaves.values()} == {np.dtype(np.float32)}
+    clipped, _ = optim.clip_by_global_norm(params, 0.1)
+    assert clipped["w"].dtype == np.float32
+
+
+def test_clipping_bounds_the_norm_of_all_arrays_together_and_keeps_the_direction():
+    grads = {"a": np.array([3.0]), "b": [np.array([[4.0]])]}
+    clipped, norm = optim.clip_by_global_norm(grads, 1.0)
+    assert norm == 5.0
+    np.testing.assert_allclose([clipped["a"][0], clipped["b"][0][0, 0]], [0.6, 0.8], rtol=1e-6)
+    untouched, _ = optim.clip_by_global_norm(grads, 10.0)
+    assert untouched["a"][0] == 3.0
+
+
+def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine():
+    rates = [
+        optim.warmup_cosine(step, peak=2.0, warmup_steps=3, total_steps=7) for step in range(8)
+    ]
+    half = 2.0 * (1 + np.cos(np.pi / 4)) / 2
+    np.testing.assert_allclose(rates, [0.5, 1.0, 1.5, 2.0, half, 1.0, 2.0 - half, 0.0], atol=1e-15)

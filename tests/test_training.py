@@ -1,0 +1,90 @@
+import functools
+import math
+
+import numpy as np
+import pytest
+
+import marref
+from marref import training, trees
+
+
+@pytest.fixture(scope="module")
+def small():
+    model = marref.build(
+        vocab_size=6, embed_dim=16, num_layers=1, num_heads=2, seq_len=8, dropout=0.0
+    )
+    rng = np.random.default_rng(0)
+    start = rng.integers(1, 6, size=(200, 1))
+    # Every sequence counts on from its first token: one known token tells all the others.
+    tokens = (start + np.arange(8) - 1) % 5 + 1
+    return model, model.init(rng, np.float32, std=0.25), tokens
+
+
+def fit(model, params, tokens, **changes):
+    options = {
+        "num_steps": 500,
+        "batch_size": 32,
+        "learning_rate": 1e-2,
+        "warmup_steps": 10,
+        "mask_schedule": "uniform",
+        "rng": np.random.default_rng(1),
+    }
+    return training.train(model, params, tokens, **{**options, **changes})
+
+
+def test_training_learns_what_there_is_to_learn(small):
+    model, params, tokens = small
+    trained, history = fit(model, params, tokens)
+    predict = functools.partial(model, trained)
+    bits = training.bits_per_token(predict, tokens, 0.5, np.random.default_rng(2))
+    baseline = training.position_log_frequencies(tokens, 6)
+    assert bits < 0.3
+    assert training.bits_per_token(
+        lambda x: np.broadcast_to(baseline, (*x.shape, 6)), tokens, 0.5, np.random.default_rng(2)
+    ) == pytest.approx(math.log2(5), abs=0.05)
+    assert history[-1].loss < history[0].loss / 4
+    completed = marref.iterative_decode(model, trained, tokens=[[0, 0, 0, 2, 0, 0, 0, 0]])
+    assert completed.tolist() == [[4, 5, 1, 2, 3, 4, 5, 1]]
+
+
+def test_one_seed_is_one_training_run(small):
+    runs = [fit(*small, num_steps=3, warmup_steps=1) for _ in range(2)]
+    first, second = (trees.flatten(params) for params, _ in runs)
+    assert all(np.array_equal(first[name], second[name]) for name in first)
+    other, _ = fit(*small, num_steps=3, warmup_steps=1, rng=np.random.default_rng(2))
+    assert not np.array_equal(first["head.kernel"], trees.flatten(other)["head.kernel"])
+
+
+def test_the_history_says_what_happened_in_every_step(small):
+    seen = []
+    _, history = fit(*small, num_steps=4, warmup_steps=1, on_step=seen.append)
+    assert history == seen
+    assert [record.step for record in history] == [1, 2, 3, 4]
+    rates = [record.learning_rate for record in history]
+    assert rates == pytest.approx([0.005, 0.01, 0.0075, 0.0025])
+    assert all(record.tokens_per_second > 0 and record.grad_norm > 0 for record in history)
+
+
+def test_bits_per_token_do_not_depend_on_the_batch_size(small):
+    model, params, tokens = small
+    predict = functools.partial(model, params)
+    bits = [
+        training.bits_per_token(predict, tokens, 0.3, np.random.default_rng(0), batch_size=size)
+        for size in (7, 200)
+    ]
+    assert bits[0] == pytest.approx(bits[1], rel=1e-5)
+
+
+def test_frequencies_are_counted_at_each_position_and_start_at_one():
+    log_frequencies = training.position_log_frequencies([[1, 2], [1, 1]], 3)
+    np.testing.assert_allclose(np.exp(log_frequencies), [[0.2, 0.6, 0.2], [0.2, 0.4, 0.4]])
+
+
+def test_the_digits_are_all_there_and_split_without_overlap():
+    train, held_out = marref.data.digits()
+    assert train.shape == (1500, 64)
+    assert held_out.shape == (297, 64)
+    together = np.concatenate([train, held_out])
+    assert (together.min(), together.max()) == (1, 17)
+    # The first image of the original file, a zero, and sums that any change would move.
+    assert (together.sum(), (together**2).sum()) == (676_726, 8_145_456)
