@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import os
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -47,6 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _demo(arguments: argparse.Namespace) -> int:
     from marref import demo
 
+    if "OPENBLAS_NUM_THREADS" not in os.environ:
+        return _rerun()
     settings = demo.QUICK if arguments.quick else demo.DEFAULT
     if arguments.steps is not None:
         settings = dataclasses.replace(
@@ -56,6 +60,24 @@ def _demo(arguments: argparse.Namespace) -> int:
         )
     demo.run(settings, arguments.out, arguments.seed)
     return 0
+
+
+def _rerun() -> int:
+    """Run this command in a process with the settings that suit small arrays.
+
+    BLAS reads its number of threads, and glibc whether freed memory is kept for the next array,
+    only when a process starts.  Threads do not pay for matrices of 64 columns, and stand in each
+    other's way where other programs run; returning every array to the kernel costs more than
+    computing it.
+    """
+    settings = {
+        "OPENBLAS_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "MALLOC_MMAP_THRESHOLD_": str(2**30),
+        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
+    }
+    command = [sys.executable, "-m", "marref", *sys.argv[1:]]
+    return subprocess.run(command, env={**settings, **os.environ}, check=False).returncode
 
 
 def _check(arguments: argparse.Namespace) -> int:

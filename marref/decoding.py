@@ -9,7 +9,7 @@ temperature,
     confidence = p[token]
 
 How many are revealed in a step is the reveal schedule's word (`marref.schedules`).  Chang et al.
-2022 (MaskGIT, arXiv 2202.04200, section 3.1) introduced the scheme.
+2022 (MaskGIT, arXiv 2202.04200, section 3.2) introduced the scheme.
 """
 
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marref import checks
+from marref.loss import log_softmax
 from marref.model import MAR, encode, head_forward
 from marref.schedules import SCHEDULES, Schedule
 from marref.trees import Array, Tree
@@ -214,19 +215,14 @@ def _predict(
 ) -> tuple[npt.NDArray[np.intp], Array]:
     """Predict a token from each row of logits, with the logarithm of its confidence.
 
-    With z the logits less their maximum, over T, log p[token] = z[token] - log(1 + Σ′ exp z),
-    where Σ′ leaves the maximum out.  log1p keeps apart what a float32 probability would round
-    to 1: ties among sure tokens that exact arithmetic does not have.
+    Ordered by log-confidence, sure tokens stay apart that a float32 probability rounds to 1.
     """
     every_row = np.arange(len(logits))
-    best = logits.argmax(axis=1)
+    predicted = logits.argmax(axis=1)
     with np.errstate(over="ignore"):
-        scaled = (logits - logits[every_row, best][:, np.newaxis]) / temperature
-    exponentials = np.exp(scaled)
-    exponentials[every_row, best] = 0.0
-    log_total = np.log1p(exponentials.sum(axis=1))
-    predicted = best
+        scaled = (logits - logits[every_row, predicted][:, np.newaxis]) / temperature
+    log_probabilities = log_softmax(scaled)
     if rng is not None:
         # arg max(log p + Gumbel noise) is a draw from p (Gumbel 1954).
-        predicted = (scaled + rng.gumbel(size=scaled.shape)).argmax(axis=1)
-    return predicted, scaled[every_row, predicted] - log_total
+        predicted = (log_probabilities + rng.gumbel(size=logits.shape)).argmax(axis=1)
+    return predicted, log_probabilities[every_row, predicted]

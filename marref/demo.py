@@ -37,7 +37,7 @@ class Settings:
     Parameters
     ----------
     model : MAR
-    num_steps, batch_size, learning_rate, warmup_steps, weight_decay, mask_schedule
+    num_steps, batch_size, learning_rate, warmup_steps, mask_schedule
         See `marref.training.train`.
     decode_steps, temperature, choice_temperature
         See `marref.decoding.iterative_decode`.
@@ -48,7 +48,6 @@ class Settings:
     batch_size: int
     learning_rate: float
     warmup_steps: int
-    weight_decay: float
     mask_schedule: str
     decode_steps: int
     temperature: float
@@ -60,19 +59,19 @@ DEFAULT = Settings(
         vocab_size=data.DIGITS_VOCAB_SIZE,
         embed_dim=64,
         num_layers=3,
-        num_heads=4,
+        num_heads=8,
         seq_len=64,
         dropout=0.0,
+        gelu="tanh",
     ),
-    num_steps=1000,
-    batch_size=32,
-    learning_rate=3e-3,
-    warmup_steps=50,
-    weight_decay=0.01,
-    mask_schedule="cosine",
-    decode_steps=32,
-    temperature=0.9,
-    choice_temperature=4.5,
+    num_steps=2000,
+    batch_size=16,
+    learning_rate=4e-3,
+    warmup_steps=100,
+    mask_schedule="uniform",
+    decode_steps=64,
+    temperature=0.8,
+    choice_temperature=30.0,
 )
 QUICK = dataclasses.replace(DEFAULT, num_steps=30, warmup_steps=5, decode_steps=8)
 
@@ -102,7 +101,7 @@ def run(
     rng = np.random.default_rng(seed)
     train_tokens, held_out = data.digits()
     model = settings.model
-    params = model.init(rng, np.float32)
+    params = model.init(rng, np.float32, std=model.embed_dim**-0.5)
     num_parameters = sum(leaf.size for leaf in flatten(params).values())
     echo(
         f"Training {num_parameters:,} parameters on {len(train_tokens)} digits of 8x8 pixels, "
@@ -117,7 +116,6 @@ def run(
             batch_size=settings.batch_size,
             learning_rate=settings.learning_rate,
             warmup_steps=settings.warmup_steps,
-            weight_decay=settings.weight_decay,
             mask_schedule=settings.mask_schedule,
             rng=rng,
             on_step=progress,

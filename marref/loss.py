@@ -43,15 +43,12 @@ def forward(
 ) -> tuple[np.inexact, Tree]:
     """Compute the loss as `mar_loss` does, and keep what `backward` needs.
 
-    -log softmax(z)[y] = log Σ_j exp(z_j - m) - (z_y - m) with m = max z: exp cannot overflow, and
-    no logarithm of a probability that underflowed to 0 is taken.
-
     Returns
     -------
     loss : scalar
     cache : dict
         ``mask`` [...]; at the masked positions, one after the other, ``targets`` [masked] and
-        ``probabilities`` [masked, vocab_size].
+        ``log_probabilities`` [masked, vocab_size].
     """
     logits = np.asarray(logits)
     trees.check_dtype("logits", logits.dtype)
@@ -62,14 +59,10 @@ def forward(
     checks.shape("targets", targets, logits.shape[:-1])
     mask = checks.binary_mask("mask", mask, logits.shape[:-1])
 
-    rows, targets = logits[mask], targets[mask]
-    shifted = rows - rows.real.max(axis=-1, keepdims=True)
-    exponentials = np.exp(shifted)
-    total = exponentials.sum(axis=-1)
-    losses = np.log(total) - shifted[np.arange(len(targets)), targets]
-    loss = losses.sum() / max(len(targets), 1)
-    probabilities = exponentials / total[:, np.newaxis]
-    return loss, {"mask": mask, "targets": targets, "probabilities": probabilities}
+    targets = targets[mask]
+    log_probabilities = log_softmax(logits[mask])
+    loss = -log_probabilities[np.arange(len(targets)), targets].sum() / max(len(targets), 1)
+    return loss, {"mask": mask, "targets": targets, "log_probabilities": log_probabilities}
 
 
 def backward(cache: Tree) -> Array:
@@ -79,6 +72,8 @@ def backward(cache: Tree) -> Array:
     The mean divides by |M|:
 
         dz_i = (softmax(z_i) - onehot(y_i)) / |M|   for i in M,      0 elsewhere
+
+    p_y - 1 is taken as expm1(log p_y), which keeps its digits where p_y is almost 1.
 
     Parameters
     ----------
@@ -90,10 +85,40 @@ def backward(cache: Tree) -> Array:
     array [..., vocab_size]
         dlogits, of the dtype of the logits.
     """
-    mask, targets, probabilities = cache["mask"], cache["targets"], cache["probabilities"]
-    drows = probabilities.copy()
-    drows[np.arange(len(targets)), targets] -= 1.0
+    mask, targets, log_probabilities = (
+        cache[name] for name in ("mask", "targets", "log_probabilities")
+    )
+    at_target = np.arange(len(targets)), targets
+    drows = np.exp(log_probabilities)
+    drows[at_target] = np.expm1(log_probabilities[at_target])
     drows /= max(len(targets), 1)
-    dlogits = np.zeros((*mask.shape, probabilities.shape[-1]), probabilities.dtype)
+    dlogits = np.zeros((*mask.shape, drows.shape[-1]), drows.dtype)
     dlogits[mask] = drows
     return dlogits
+
+
+def log_softmax(logits: Array) -> Array:
+    """Compute the logarithm of softmax for each row.
+
+    With z the logits less their largest, z_max = 0 and
+
+        log p_k = z_k - log Σ_j exp z_j = z_k - log1p(Σ′_j exp z_j),     Σ′ without the largest
+
+    exp cannot overflow, no logarithm is taken of a probability that underflowed to 0, and log1p
+    keeps the digits of a log p that is almost 0: the loss of a sure and right prediction.
+
+    Parameters
+    ----------
+    logits : array [rows, vocab_size]
+        -inf is allowed beside finite numbers, and excludes an id.
+
+    Returns
+    -------
+    array [rows, vocab_size]
+    """
+    largest = np.arange(len(logits)), logits.real.argmax(axis=1)
+    shifted = logits - logits[largest][:, np.newaxis]
+    exponentials = np.exp(shifted)
+    exponentials[largest] = 0.0
+    log_probabilities: Array = shifted - np.log1p(exponentials.sum(axis=1, keepdims=True))
+    return log_probabilities

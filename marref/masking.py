@@ -1,19 +1,18 @@
 """Masking for training: how much of a sequence to mask, and where.
 
-A mask ratio r is Q(u) with u ~ U[0, 1), Q the quantile function of its schedule; F is its
-distribution function.
+A mask ratio is r = f(u) with u ~ U[0, 1), f its schedule.
 
-| schedule             | Q(u)               | density                      | mean  | median |
+| schedule             | f(u)               | density                      | mean  | median |
 |----------------------|--------------------|------------------------------|-------|--------|
 | ``one-minus-cosine`` | 1 - cos(πu/2)      | (2/π)/√(r(2-r))              | 0.363 | 0.293  |
 | ``cosine``           | cos(πu/2)          | (2/π)/√(1-r²)                | 0.637 | 0.707  |
 | ``arccos``           | (2/π) arccos(u)    | (π/2) sin(πr/2)              | 0.637 | 0.667  |
 | ``uniform``          | u                  | 1                            | 0.5   | 0.5    |
-| ``truncated-normal`` | of N(1, 0.25²)     | 4φ(4(r-1))/(Φ(0)-Φ(-1.2))    | 0.867 | 0.874  |
+| ``truncated-normal`` | N(1, 0.25²)        | 4φ(4(r-1))/(Φ(0)-Φ(-1.2))    | 0.867 | 0.874  |
 |                      | cut to [0.7, 1]    | on [0.7, 1]                  |       |        |
 
 ``one-minus-cosine`` is MAR's specification: it favours *small* ratios.  ``cosine`` is its mirror
-image and favours large ones (MaskGIT, Chang et al. 2022, arXiv 2202.04200, section 3.2);
+image and favours large ones (MaskGIT, Chang et al. 2022, arXiv 2202.04200, section 3.3);
 ``arccos`` is that of Besnier and Chen 2023 (arXiv 2310.14400); ``truncated-normal`` is that of
 the MAR paper (Li et al. 2024, arXiv 2406.11838, published code).
 """
@@ -38,7 +37,7 @@ def _truncated_normal(u: Array) -> Array:
     return ratio
 
 
-QUANTILES: dict[str, Callable[[Array], Array]] = {
+SCHEDULES: dict[str, Callable[[Array], Array]] = {
     # 1 - cos(2a) = 2 sin²(a) does not cancel for small u.
     "one-minus-cosine": lambda u: 2.0 * np.sin(math.pi / 4 * u) ** 2,
     "cosine": lambda u: np.cos(math.pi / 2 * u),
@@ -84,10 +83,10 @@ def sample_mask_ratio(
         ``rng`` is no generator, the schedule is unknown, or size is negative.
     """
     rng = np.random.default_rng() if rng is None else checks.generator("rng", rng)
-    quantile = QUANTILES[checks.choice("schedule", schedule, QUANTILES)]
+    transform = SCHEDULES[checks.choice("schedule", schedule, SCHEDULES)]
     if size is None:
-        return float(quantile(np.asarray(rng.random())))
-    return quantile(rng.random(checks.integer("size", size, 0)))
+        return float(transform(np.asarray(rng.random())))
+    return transform(rng.random(checks.integer("size", size, 0)))
 
 
 def mask_tokens(

@@ -105,8 +105,9 @@ class MAR:
             The same seed gives the same numbers in every dtype, up to their rounding.
         dtype : float32, float64 or complex128
         std : float
-            Positive.  The default is that of BERT and GPT-2 (published code), which are at least
-            768 wide; models of width 64 learn sooner with about 1/sqrt(embed_dim).
+            Positive.  The default is that of GPT-2 (published code), which is at least 768 wide.
+            In a narrow model it makes queries and keys so small that attention is uniform at
+            first; the demo draws with 1/sqrt(embed_dim).
 
         Returns
         -------

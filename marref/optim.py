@@ -7,7 +7,8 @@ Adam (Kingma and Ba 2015, arXiv 1412.6980, algorithm 1), with gradient g, step t
     θ ← θ - η (m̂ / (√v̂ + ε) + λ θ)
 
 The moments start at 0 and so are too small at first; m̂ and v̂ undo that.  λ > 0 is decoupled
-weight decay (AdamW; Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2).
+weight decay (AdamW; Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2).  As in PyTorch,
+the decay is multiplied by η; in the paper by the schedule's factor only.
 """
 
 import math
@@ -75,11 +76,11 @@ def step(
     TypeError, ValueError
         The trees differ in structure, shape or dtype, or a number is outside its range.
     """
-    checks.real("learning_rate", learning_rate, "[0, inf)")
-    checks.real("beta1", beta1, "[0, 1)")
-    checks.real("beta2", beta2, "[0, 1)")
-    checks.real("epsilon", epsilon, "(0, inf)")
-    checks.real("weight_decay", weight_decay, "[0, inf)")
+    learning_rate = checks.real("learning_rate", learning_rate, "[0, inf)")
+    beta1 = checks.real("beta1", beta1, "[0, 1)")
+    beta2 = checks.real("beta2", beta2, "[0, 1)")
+    epsilon = checks.real("epsilon", epsilon, "(0, inf)")
+    weight_decay = checks.real("weight_decay", weight_decay, "[0, inf)")
     _check_state(params, grads, state)
 
     count = int(state["step"]) + 1
@@ -128,7 +129,7 @@ def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, float]:
     TypeError, ValueError
         ``max_norm`` is not positive, or ``grads`` are no tree of arrays of one dtype.
     """
-    checks.real("max_norm", max_norm, "(0, inf)")
+    max_norm = checks.real("max_norm", max_norm, "(0, inf)")
     trees.check_like("grads", grads, _shapes(grads))
     squares = [float(np.vdot(leaf, leaf).real) for leaf in trees.flatten(grads).values()]
     norm = math.sqrt(math.fsum(squares))

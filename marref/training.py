@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from marref import checks, files, optim, trees
+from marref import checks, files, masking, optim, trees
 from marref.loss import mar_loss
-from marref.masking import QUANTILES, mask_tokens, sample_mask_ratio
+from marref.masking import mask_tokens, sample_mask_ratio
 from marref.model import MAR, loss_and_grads
 from marref.trees import Array, Tree
 
@@ -101,7 +101,7 @@ def train(
     checks.integer("batch_size", batch_size, 1)
     checks.real("learning_rate", learning_rate, "(0, inf)")
     checks.integer("warmup_steps", warmup_steps, 0, num_steps - 1)
-    checks.choice("mask_schedule", mask_schedule, QUANTILES)
+    checks.choice("mask_schedule", mask_schedule, masking.SCHEDULES)
     checks.integer("mask_token_id", mask_token_id, 0, model.vocab_size - 1)
     checks.generator("rng", rng)
 

@@ -35,7 +35,8 @@ def test_check_fails_if_a_gradient_does(capsys, monkeypatch, error):
 
 @pytest.fixture
 def tiny(monkeypatch):
-    """A demo of a moment."""
+    """A demo of a moment, in this process."""
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     monkeypatch.setattr(demo, "NUM_GENERATED", 4)
     return ["demo", "--quick", "--steps", "2"]
 
@@ -101,10 +102,29 @@ def test_bad_arguments_are_one_clear_line_and_status_2(arguments, message, capsy
     assert message in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_made_is_one_clear_line(tmp_path, capsys):
+def test_a_folder_that_cannot_be_made_is_one_clear_line(tiny, tmp_path, capsys):
     (tmp_path / "file").touch()
     assert cli.main(["demo", "--quick", "--out", str(tmp_path / "file" / "out")]) == 2
     assert capsys.readouterr().err.startswith("marref: ")
+
+
+def test_the_demo_runs_in_a_process_with_one_blas_thread_and_keeps_what_the_user_set(
+    monkeypatch,
+):
+    runs = []
+
+    def record(command, env, check):
+        runs.append((command, env))
+        return subprocess.CompletedProcess(command, 3)
+
+    monkeypatch.setattr(subprocess, "run", record)
+    monkeypatch.setattr(sys, "argv", ["marref", "demo", "--quick"])
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    monkeypatch.setenv("MKL_NUM_THREADS", "7")
+    assert cli.main(["demo", "--quick"]) == 3
+    ((command, env),) = runs
+    assert command == [sys.executable, "-m", "marref", "demo", "--quick"]
+    assert (env["OPENBLAS_NUM_THREADS"], env["MKL_NUM_THREADS"]) == ("1", "7")
 
 
 def test_importing_marref_imports_neither_matplotlib_nor_torch_nor_scipy_stats():

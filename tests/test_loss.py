@@ -92,3 +92,14 @@ def test_uniform_logits_cost_the_logarithm_of_the_vocabulary():
         targets, mask = np.zeros(leading, int), np.ones(leading, bool)
         value = marref.mar_loss(np.zeros((*leading, 8)), targets, mask)
         assert value == pytest.approx(math.log(8), rel=1e-15)
+
+
+def test_loss_and_gradient_of_a_sure_prediction_keep_their_digits():
+    # log(1 + e⁻²⁵ + e⁻²⁴·⁷), where log Σ exp - z_y would round to 6 digits, and to 0 beyond 37.
+    for gap in (5.0, 25.0, 40.0, 300.0):
+        logits, rest = np.array([gap, 0.0, 0.3]), math.exp(-gap) + math.exp(0.3 - gap)
+        value = marref.mar_loss(logits, 0, True)
+        assert value == pytest.approx(math.log1p(rest), rel=1e-13)
+        others = np.exp([-gap, 0.3 - gap]) / (1 + rest)
+        expected = [-others.sum(), *others]
+        np.testing.assert_allclose(gradient(logits, 0, True), expected, rtol=1e-13)

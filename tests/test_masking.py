@@ -8,7 +8,7 @@ from scipy import stats
 import marref
 from marref import masking
 
-# The distribution functions, derived by hand from the quantile functions: F(Q(u)) = u.
+# The distribution functions, derived by hand from r = f(u).
 DISTRIBUTIONS = {
     "one-minus-cosine": lambda r: 2 / np.pi * np.arccos(1 - r),
     "cosine": lambda r: 1 - 2 / np.pi * np.arccos(r),
@@ -31,7 +31,7 @@ MEANS_AND_MEDIANS = {
 }
 
 
-@pytest.mark.parametrize("schedule", masking.QUANTILES)
+@pytest.mark.parametrize("schedule", masking.SCHEDULES)
 def test_ratios_follow_their_distribution(schedule):
     ratios = marref.sample_mask_ratio(np.random.default_rng(0), schedule, size=100_000)
     assert stats.kstest(ratios, DISTRIBUTIONS[schedule]).pvalue > 1e-3

@@ -51,3 +51,11 @@ def test_the_learning_rate_rises_linearly_and_falls_along_a_cosine():
     ]
     half = 2.0 * (1 + np.cos(np.pi / 4)) / 2
     np.testing.assert_allclose(rates, [0.5, 1.0, 1.5, 2.0, half, 1.0, 2.0 - half, 0.0], atol=1e-15)
+
+
+def test_numpy_scalars_do_not_widen_float32():
+    params = {"w": np.ones(3, np.float32)}
+    options = dict.fromkeys(("beta1", "beta2", "epsilon", "weight_decay"), np.float64(0.1))
+    stepped, _ = optim.step(params, params, optim.init(params), np.float64(0.1), **options)
+    clipped, _ = optim.clip_by_global_norm(params, np.float64(0.1))
+    assert stepped["w"].dtype == clipped["w"].dtype == np.float32

@@ -1,0 +1,81 @@
+"""The documentation: its examples run as printed, and its links lead somewhere."""
+
+import doctest
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "marref"
+DOCS = sorted((ROOT / "docs").glob("*.md"))
+PAGES = [*DOCS, ROOT / "README.md"]
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if ">>> " in path.read_text("utf-8"))
+
+PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCED_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([^()\s]+)\)")
+
+
+def name_of(path):
+    return str(path.relative_to(ROOT))
+
+
+def examples_of(text):
+    """The examples of a page, with the line numbers of the page."""
+    parser = doctest.DocTestParser()
+    examples = []
+    for block in PYTHON_BLOCK.finditer(text):
+        first_line = text.count("\n", 0, block.start(1))
+        for example in parser.get_examples(block.group(1)):
+            example.lineno += first_line
+            examples.append(example)
+    return examples
+
+
+def failures_of(test):
+    report = []
+    runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE, verbose=False)
+    runner.run(test, out=report.append)
+    return "".join(report)
+
+
+def links_of(path):
+    """The files that a page links to, without the web and places within the page itself."""
+    targets = LINK.findall(FENCED_BLOCK.sub("", path.read_text("utf-8")))
+    relative = (target.split("#")[0] for target in targets if ":" not in target)
+    return {(path.parent / target).resolve() for target in relative if target}
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_the_examples_of_a_page_print_what_it_says(path):
+    text = path.read_text("utf-8")
+    test = doctest.DocTest(examples_of(text), {}, path.name, str(path), 0, text)
+    assert failures_of(test) == ""
+
+
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
+def test_a_docs_page_has_examples_and_every_python_block_is_one(path):
+    blocks = PYTHON_BLOCK.findall(path.read_text("utf-8"))
+    assert blocks
+    assert [block for block in blocks if not block.startswith(">>> ")] == []
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_the_examples_of_a_module_print_what_it_says(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    module = importlib.import_module(".".join(part for part in parts if part != "__init__"))
+    tests = [test for test in doctest.DocTestFinder().find(module) if test.examples]
+    assert tests
+    assert "".join(failures_of(test) for test in tests) == ""
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_the_links_of_a_page_lead_to_files(path):
+    assert [target for target in sorted(links_of(path)) if not target.exists()] == []
+
+
+def test_the_index_links_every_page():
+    index = ROOT / "docs" / "index.md"
+    assert set(DOCS) - {index} <= links_of(index)
