@@ -56,7 +56,7 @@ def unmasking(path: Path, tokens: Array, mask: Array) -> None:
     """
     shown = np.unique(np.linspace(0, len(tokens) - 1, 12).round().astype(int))
     picture = np.concatenate([_row(tokens[step], mask[step]) for step in shown])
-    figure = Figure(figsize=(7, 10), layout="constrained")
+    figure = Figure(figsize=(7, 0.75 * len(shown) + 0.5), layout="constrained")
     axes = figure.subplots()
     _show(axes, picture, "masked pixels in colour")
     height = data.DIGITS_SHAPE[0] + _GAP
