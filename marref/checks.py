@@ -4,6 +4,7 @@ Each function raises a TypeError or ValueError that names the argument, what was
 what was expected; what it returns is safe to compute with.
 """
 
+import difflib
 import math
 from collections.abc import Collection
 from typing import Any
@@ -29,11 +30,29 @@ def real(argument: str, value: Any, interval: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
         raise TypeError(f"{argument}: received {value!r}, expected a real number")
     low, high = (float(end) for end in interval[1:-1].split(","))
-    above = value >= low if interval[0] == "[" else value > low
-    below = value <= high if interval[-1] == "]" else value < high
-    if not (math.isfinite(value) and above and below):
+    try:
+        number = float(value)
+    except OverflowError:  # an int beyond the largest float64
+        number = math.inf
+    above = number >= low if interval[0] == "[" else number > low
+    below = number <= high if interval[-1] == "]" else number < high
+    if not (above and below and math.isfinite(number)):
         raise ValueError(f"{argument}: received {value}, expected a number in {interval}")
-    return float(value)
+    return number
+
+
+def even(argument: str, value: Any) -> int:
+    """Return ``value`` as an even, positive int."""
+    number = integer(argument, value, 1)
+    if number % 2:
+        raise ValueError(f"{argument}: received {number}, expected an even number")
+    return number
+
+
+def function(argument: str, value: Any) -> None:
+    """Raise unless ``value`` can be called."""
+    if not callable(value):
+        raise TypeError(f"{argument}: received {type(value).__name__}, expected a function")
 
 
 def choice(argument: str, value: Any, known: Collection[str]) -> str:
@@ -53,6 +72,14 @@ def generator(argument: str, value: Any) -> np.random.Generator:
     return value
 
 
+def array(argument: str, value: Any) -> Array:
+    """Return ``value`` as an array; arrays, of subclasses too, as they are."""
+    try:
+        return np.asanyarray(value)
+    except ValueError as error:
+        raise ValueError(f"{argument}: cannot be made an array ({error})") from error
+
+
 def shape(argument: str, array: Array, expected: tuple[int, ...]) -> None:
     """Raise unless an array has the expected shape."""
     if array.shape != expected:
@@ -70,15 +97,14 @@ def finite(argument: str, array: Array) -> None:
 
 
 def token_ids(
-    argument: str, value: npt.ArrayLike, vocab_size: int, ndim: int | None = None
+    argument: str, value: npt.ArrayLike, vocab_size: int, *, batched: bool = True
 ) -> Array:
-    """Return ``value`` as an array of integers in [0, vocab_size), of rank ``ndim`` if given."""
-    tokens = np.asarray(value)
+    """Return ``value`` as integers in [0, vocab_size), [batch, length] or of any shape."""
+    tokens = array(argument, value)
     if tokens.dtype.kind not in "iu":
         raise TypeError(f"{argument}: dtype {tokens.dtype}, expected integers")
-    if ndim is not None and tokens.ndim != ndim:
-        axes = ["length", "batch, length"][ndim - 1]
-        raise ValueError(f"{argument}: shape {list(tokens.shape)}, expected [{axes}]")
+    if batched and tokens.ndim != 2:
+        raise ValueError(f"{argument}: shape {list(tokens.shape)}, expected [batch, length]")
     bad = (tokens < 0) | (tokens >= vocab_size)
     if bad.any():
         place = _first(bad)
@@ -90,7 +116,7 @@ def token_ids(
 
 def binary_mask(argument: str, value: npt.ArrayLike, expected: tuple[int, ...]) -> Array:
     """Return ``value``, of booleans or of 0 and 1, as booleans of the expected shape."""
-    mask = np.asarray(value)
+    mask = array(argument, value)
     shape(argument, mask, expected)
     if mask.dtype == bool:
         return mask
@@ -101,6 +127,12 @@ def binary_mask(argument: str, value: npt.ArrayLike, expected: tuple[int, ...]) 
         place = _first(bad)
         raise ValueError(f"{argument}: {mask[place]} at {_written(place)}, expected 0 or 1")
     return mask.astype(bool)
+
+
+def unknown_name(name: str, known: Collection[str]) -> str:
+    """Say that a name is unknown, and which known names are nearest."""
+    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"{name!r} is unknown" + (f"; nearest: {', '.join(nearest)}" if nearest else "")
 
 
 def _first(bad: Array) -> tuple[int, ...]:

@@ -37,7 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("--seed", type=_not_negative, default=0, help="default: 0")
     check.set_defaults(run=_check)
 
-    parsed = parser.parse_args(arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    parsed = parser.parse_args(words, argparse.Namespace(words=words))
     try:
         status: int = parsed.run(parsed)
     except OSError as error:
@@ -47,10 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _demo(arguments: argparse.Namespace) -> int:
+    if "OPENBLAS_NUM_THREADS" not in os.environ:
+        return _rerun(arguments.words)
     from marref import demo
 
-    if "OPENBLAS_NUM_THREADS" not in os.environ:
-        return _rerun()
     settings = demo.QUICK if arguments.quick else demo.DEFAULT
     if arguments.steps is not None:
         settings = dataclasses.replace(
@@ -62,7 +63,7 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _rerun() -> int:
+def _rerun(words: Sequence[str]) -> int:
     """Run this command in a process with the settings that suit small arrays.
 
     BLAS reads its number of threads, and glibc whether freed memory is kept for the next array,
@@ -76,11 +77,14 @@ def _rerun() -> int:
         "MALLOC_MMAP_THRESHOLD_": str(2**30),
         "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
     }
-    command = [sys.executable, "-m", "marref", *sys.argv[1:]]
+    # -P: a marref or a csv.py in the current folder is not meant.
+    command = [sys.executable, "-P", "-m", "marref", *words]
     return subprocess.run(command, env={**settings, **os.environ}, check=False).returncode
 
 
 def _check(arguments: argparse.Namespace) -> int:
+    import numpy as np
+
     from marref.verify import self_check
 
     print("Largest error of every gradient, relative to the largest entry of its part.\n")
@@ -89,7 +93,7 @@ def _check(arguments: argparse.Namespace) -> int:
     worst = dict.fromkeys(self_check.BOUNDS, 0.0)
     for row in self_check.run(arguments.seed):
         failed += not row.passed
-        worst = {method: max(worst[method], error) for method, error in row.errors.items()}
+        worst = {m: float(np.maximum(worst[m], error)) for m, error in row.errors.items()}
         shape = "x".join(map(str, row.shape))
         print(
             f"{row.part:<14}{row.name:<38}{shape:<10}{row.errors['complex-step']:>14.1e}"

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from marref import checks
 from marref.loss import log_softmax
-from marref.model import MAR, encode, head_forward
+from marref.model import MAR, check_model, encode, head_forward
 from marref.schedules import SCHEDULES, Schedule
 from marref.trees import Array, Tree
 
@@ -66,7 +66,8 @@ def iterative_decode(
     tokens : integer array [batch_size, seq_len], optional
         What is known: only positions that hold [MASK] are filled (inpainting).
     schedule : {"cosine", "linear"} or callable
-        Reveal counts: ``(num_masked, num_steps) -> counts``, see `marref.schedules`.
+        Reveal counts: ``(num_masked, num_steps) -> counts``, integers >= 1 with the sum
+        num_masked, at most num_steps of them; see `marref.schedules`.
     order : {"confidence", "random"}
         What is revealed first: the most confident tokens, or positions at random (needs ``rng``).
     rng : numpy.random.Generator, optional
@@ -84,10 +85,10 @@ def iterative_decode(
     -------
     tokens : int64 array [batch_size, seq_len]
     steps : dict
-        With ``return_steps``, the state after every step: ``tokens`` and ``mask`` (True where
-        still masked) [num_steps, batch_size, seq_len], and ``confidence`` of the same shape and
-        the model's dtype: where still masked, that of the latest prediction; where revealed, that
-        with which it was; 1 where known from the start.
+        With ``return_steps``, the state after every step that was taken (at most num_steps):
+        ``tokens`` and ``mask`` (True where still masked) [steps, batch_size, seq_len], and
+        ``confidence`` of the same shape and the model's dtype: where still masked, that of the
+        latest prediction; where revealed, that with which it was; 1 where known from the start.
 
     Raises
     ------
@@ -168,9 +169,8 @@ def _start(
     tokens: npt.ArrayLike | None,
 ) -> npt.NDArray[np.int64]:
     """Check the arguments that say where decoding starts; return the tokens it starts from."""
-    if not isinstance(model, MAR):
-        raise TypeError(f"model: received {type(model).__name__}, expected a marref.MAR")
-    if vocab_size is not None and vocab_size != model.vocab_size:
+    check_model(model)
+    if vocab_size is not None and checks.integer("vocab_size", vocab_size, 2) != model.vocab_size:
         raise ValueError(
             f"vocab_size: received {vocab_size}, expected the model's {model.vocab_size}"
         )
@@ -182,7 +182,7 @@ def _start(
     if tokens is None:
         shape = (batch_size or 1, seq_len or model.seq_len)
         return np.full(shape, mask_token_id, np.int64)
-    known = checks.token_ids("tokens", tokens, model.vocab_size, ndim=2).astype(np.int64)
+    known = checks.token_ids("tokens", tokens, model.vocab_size).astype(np.int64)
     checks.shape("tokens", known, (batch_size or known.shape[0], seq_len or known.shape[1]))
     return known
 
@@ -196,11 +196,12 @@ def _reveal_counts(
     """
     rows = []
     for masked in map(int, num_masked):
-        row = np.asarray(schedule(masked, num_steps))
-        if row.ndim != 1 or row.dtype.kind not in "iu" or (row < 0).any() or row.sum() != masked:
+        row = np.asarray(schedule(masked, num_steps)) if masked else np.zeros(0, np.int64)
+        integers = row.ndim == 1 and row.dtype.kind in "iu" and len(row) <= num_steps
+        if not integers or (row < 1).any() or row.sum() != masked:
             raise ValueError(
                 f"schedule: returned {row!r} for {masked} masked positions, "
-                f"expected integers >= 0 with the sum {masked}"
+                f"expected at most {num_steps} integers >= 1 with the sum {masked}"
             )
         rows.append(row)
     num_rounds = np.array([len(row) for row in rows])
@@ -219,9 +220,10 @@ def _predict(
     """
     every_row = np.arange(len(logits))
     predicted = logits.argmax(axis=1)
+    # In float64: a temperature that float32 takes for 0 or infinity would give 0/0.
+    below = (logits - logits[every_row, predicted][:, np.newaxis]).astype(np.float64)
     with np.errstate(over="ignore"):
-        scaled = (logits - logits[every_row, predicted][:, np.newaxis]) / temperature
-    log_probabilities = log_softmax(scaled)
+        log_probabilities = log_softmax(below / temperature)
     if rng is not None:
         # arg max(log p + Gumbel noise) is a draw from p (Gumbel 1954).
         predicted = (log_probabilities + rng.gumbel(size=logits.shape)).argmax(axis=1)

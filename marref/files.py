@@ -1,10 +1,12 @@
 """Arrays on disk: written whole or not at all, read without unpickling anything.
 
-A file is an ``.npz`` archive of arrays by dotted name, plus one entry, ``__metadata__``, that
-holds JSON text as UTF-8 bytes.
+An ``.npz`` file is an archive of arrays by name, plus one entry, ``__metadata__``, that holds JSON
+text as UTF-8 bytes.  A ``.safetensors`` file has the same text in its own metadata.
 """
 
 import contextlib
+import importlib.util
+import io
 import json
 import os
 from collections.abc import Iterator
@@ -16,6 +18,22 @@ import numpy as np
 from marref.trees import Array
 
 _METADATA = "__metadata__"
+_RESERVED = {_METADATA, "file", "allow_pickle"}
+_SAFETENSORS_KEY = "marref"
+_SAFETENSORS_DTYPES = {
+    "F64": "<f8",
+    "F32": "<f4",
+    "F16": "<f2",
+    "I64": "<i8",
+    "I32": "<i4",
+    "I16": "<i2",
+    "I8": "<i1",
+    "U64": "<u8",
+    "U32": "<u4",
+    "U16": "<u2",
+    "U8": "<u1",
+    "BOOL": "?",
+}
 
 
 @contextlib.contextmanager
@@ -43,12 +61,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def save(path: str | os.PathLike[str], arrays: dict[str, Array], metadata: dict[str, Any]) -> None:
-    """Write named arrays and metadata to an ``.npz`` file.
+    """Write named arrays and metadata to one file, the same bytes for the same content.
 
     Parameters
     ----------
     path : path
-        Written as given: no suffix is added.
+        Ends in ``.safetensors``: that format (extra ``interop``).  Otherwise ``.npz``, compressed.
     arrays : dict of str to array
         Of numbers or booleans.
     metadata : dict
@@ -59,45 +77,118 @@ def save(path: str | os.PathLike[str], arrays: dict[str, Array], metadata: dict[
     TypeError
         An array holds Python objects, or the metadata are no JSON.
     ValueError
-        An array is called ``__metadata__``.
+        An array is called ``__metadata__``, ``file`` or ``allow_pickle``: NumPy's function that
+        writes ``.npz`` has no room for them.
+    ImportError
+        safetensors is not installed.
     """
     for name, array in arrays.items():
         if array.dtype.hasobject:
             raise TypeError(f"arrays: {name} has dtype {array.dtype}, expected numbers")
-    if _METADATA in arrays:
-        raise ValueError(f"arrays: the name {_METADATA} is taken by the metadata")
-    text = np.frombuffer(json.dumps(metadata).encode(), np.uint8)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, allow_pickle=False, **arrays, **{_METADATA: text})
+    for name in _RESERVED & arrays.keys():
+        raise ValueError(f"arrays: the name {name!r} is reserved")
+    text = json.dumps(metadata)
+    if Path(path).suffix == ".safetensors":
+        _safetensors()
+        from safetensors.numpy import save as to_bytes
+
+        whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        content = to_bytes(whole, {_SAFETENSORS_KEY: text})
+        with replacing(path) as temporary:
+            temporary.write_bytes(content)
+    else:
+        encoded = np.frombuffer(text.encode(), np.uint8)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez_compressed(file, allow_pickle=False, **arrays, **{_METADATA: encoded})
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, Any]]:
-    """Read what `save` wrote.
+    """Read named arrays and metadata: what `save` wrote, or others with the same tools.
 
     Parameters
     ----------
     path : path
+        A ``.safetensors`` file (extra ``interop``), an ``.npz`` file, or a folder of ``.npy``
+        files, whose names are their paths within it.
 
     Returns
     -------
     arrays : dict of str to array
+        bfloat16 is widened to float32, exactly.
     metadata : dict
+        Empty where the file has none; ``{"precision": "bfloat16"}`` is added where an array was
+        stored in it.
 
     Raises
     ------
     OSError
         The file cannot be opened.
     ValueError
-        It is no such file: truncated, of another format, or with pickled objects.
+        It cannot be read: truncated, garbled, of another format, or with pickled objects.
+    ImportError
+        safetensors is not installed.
     """
-    with open(path, "rb") as file:
-        try:
-            with np.load(file, allow_pickle=False) as archive:
-                arrays = {name: archive[name] for name in archive.files}
-            metadata = json.loads(arrays.pop(_METADATA).tobytes())
-        except Exception as error:
-            # Garbled bytes make zipfile, zlib and NumPy raise errors of a dozen types.
-            raise ValueError(f"{path}: not a marref .npz file ({error!r})") from error
-    if not isinstance(metadata, dict):
-        raise ValueError(f"{path}: metadata are {type(metadata).__name__}, expected an object")
+    path = Path(path)
+    if path.suffix == ".safetensors":
+        _safetensors()
+    read = _read_folder if path.is_dir() else _READERS.get(path.suffix, _read_npz)
+    content = b"" if path.is_dir() else path.read_bytes()
+    try:
+        arrays, metadata = read(path, content)
+    except Exception as error:
+        # Garbled bytes make zipfile, zlib, NumPy and safetensors raise errors of a dozen types.
+        raise ValueError(f"{path}: cannot be read as arrays ({error!r})") from error
     return arrays, metadata
+
+
+def _read_npz(path: Path, content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
+    with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+        if len(set(archive.files)) < len(archive.files):
+            raise ValueError("two arrays have the same name")
+        arrays = {name: archive[name] for name in archive.files}
+    encoded = arrays.pop(_METADATA, None)
+    return arrays, {} if encoded is None else _parsed(encoded.tobytes())
+
+
+def _read_safetensors(path: Path, content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
+    from safetensors import deserialize
+
+    arrays, metadata = {}, {}
+    for name, tensor in deserialize(content):
+        if tensor["dtype"] == "BF16":
+            metadata["precision"] = "bfloat16"
+            halves = np.frombuffer(tensor["data"], "<u2").astype(np.uint32)
+            flat = (halves << 16).view(np.float32)
+        else:
+            flat = np.frombuffer(tensor["data"], _SAFETENSORS_DTYPES[tensor["dtype"]])
+        arrays[name] = flat.reshape(tensor["shape"])
+    length = int.from_bytes(content[:8], "little")
+    text = json.loads(content[8 : 8 + length]).get(_METADATA, {}).get(_SAFETENSORS_KEY)
+    return arrays, metadata if text is None else {**metadata, **_parsed(text)}
+
+
+def _read_folder(path: Path, content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
+    files = sorted(path.rglob("*.npy"))
+    if not files:
+        raise ValueError("no .npy files in it")
+    return {
+        file.relative_to(path).with_suffix("").as_posix(): np.load(file, allow_pickle=False)
+        for file in files
+    }, {}
+
+
+def _parsed(text: str | bytes) -> dict[str, Any]:
+    metadata = json.loads(text)
+    if not isinstance(metadata, dict):
+        raise ValueError(f"metadata are {type(metadata).__name__}, expected an object")
+    return metadata
+
+
+def _safetensors() -> None:
+    if importlib.util.find_spec("safetensors") is None:
+        raise ImportError(
+            'safetensors files need the interop extra: pip install ".[interop]"; .npz does not'
+        )
+
+
+_READERS = {".safetensors": _read_safetensors}

@@ -50,18 +50,19 @@ def forward(
         ``mask`` [...]; at the masked positions, one after the other, ``targets`` [masked] and
         ``log_probabilities`` [masked, vocab_size].
     """
-    logits = np.asarray(logits)
+    logits = checks.array("logits", logits)
     trees.check_dtype("logits", logits.dtype)
     if logits.ndim == 0 or logits.shape[-1] == 0:
         raise ValueError(f"logits: shape {list(logits.shape)}, expected [..., vocab_size]")
     checks.finite("logits", logits)
-    targets = checks.token_ids("targets", targets, logits.shape[-1])
+    targets = checks.token_ids("targets", targets, logits.shape[-1], batched=False)
     checks.shape("targets", targets, logits.shape[:-1])
     mask = checks.binary_mask("mask", mask, logits.shape[:-1])
 
     targets = targets[mask]
     log_probabilities = log_softmax(logits[mask])
-    loss = -log_probabilities[np.arange(len(targets)), targets].sum() / max(len(targets), 1)
+    losses = -log_probabilities[np.arange(len(targets)), targets]
+    loss = losses.sum() / max(len(targets), 1)
     return loss, {"mask": mask, "targets": targets, "log_probabilities": log_probabilities}
 
 

@@ -121,11 +121,11 @@ def mask_tokens(
         ``tokens`` are no integers of shape [batch, length], ``ratio`` does not fit them or lies
         outside [0, 1], ``rng`` is no generator, or ``mask_token_id`` is negative.
     """
-    tokens = checks.token_ids("tokens", tokens, np.iinfo(np.int64).max, ndim=2)
+    tokens = checks.token_ids("tokens", tokens, np.iinfo(np.int64).max)
     batch, length = tokens.shape
     if length == 0:
         raise ValueError(f"tokens: shape {list(tokens.shape)}, expected length >= 1")
-    ratio = np.asarray(ratio)
+    ratio = checks.array("ratio", ratio)
     if ratio.dtype.kind not in "iuf":
         raise TypeError(f"ratio: dtype {ratio.dtype}, expected real numbers")
     if ratio.shape not in ((), (batch,)):

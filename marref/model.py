@@ -17,6 +17,8 @@
 
 import dataclasses
 import functools
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -80,8 +82,7 @@ class MAR:
         )
         checks.choice("gelu", self.gelu, gelu.KINDS)
         checks.choice("positions", self.positions, embedding.LAYOUTS)
-        if self.embed_dim % 2:
-            raise ValueError(f"embed_dim: received {self.embed_dim}, expected an even number")
+        checks.even("embed_dim", self.embed_dim)
         if self.embed_dim % self.num_heads:
             raise ValueError(
                 f"embed_dim: received {self.embed_dim}, "
@@ -182,7 +183,9 @@ class MAR:
             ``params`` or ``dlogits`` do not fit, or the dtypes differ.
         """
         dtype = trees.check_like("params", params, self.parameter_shapes)
-        dlogits = np.asarray(dlogits)
+        if not isinstance(cache, dict) or len(cache.get("blocks", ())) != self.num_layers:
+            raise ValueError("cache: expected what this model's forward returned")
+        dlogits = checks.array("dlogits", dlogits)
         checks.shape("dlogits", dlogits, (*cache["embedding"].shape, self.vocab_size))
         if dlogits.dtype != dtype:
             raise TypeError(f"dlogits: dtype {dlogits.dtype}, expected {dtype} as in params")
@@ -195,7 +198,7 @@ class MAR:
         return head_forward(self, params, encode(self, params, tokens))[0]
 
     @functools.cached_property
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+    def parameter_shapes(self) -> Mapping[str, tuple[int, ...]]:
         """The shape of every parameter, by dotted name."""
         features, hidden = self.embed_dim, 4 * self.embed_dim
 
@@ -214,12 +217,13 @@ class MAR:
             shapes |= norm(f"{prefix}.feed_forward_norm")
             shapes |= projection(f"{prefix}.feed_forward.up", features, hidden)
             shapes |= projection(f"{prefix}.feed_forward.down", hidden, features)
-        return shapes | norm("final_norm") | projection("head", features, self.vocab_size)
+        shapes |= norm("final_norm") | projection("head", features, self.vocab_size)
+        return types.MappingProxyType(shapes)
 
     def check_inputs(self, params: Tree, tokens: npt.ArrayLike) -> Array:
         """Raise unless parameters and tokens fit the model; return the tokens as an array."""
         trees.check_like("params", params, self.parameter_shapes)
-        tokens = checks.token_ids("tokens", tokens, self.vocab_size, ndim=2)
+        tokens = checks.token_ids("tokens", tokens, self.vocab_size)
         if 0 in tokens.shape or tokens.shape[1] > self.seq_len:
             raise ValueError(
                 f"tokens: shape {list(tokens.shape)}, expected [batch, length] "
@@ -229,6 +233,12 @@ class MAR:
 
 
 build = MAR
+
+
+def check_model(model: Any) -> None:
+    """Raise TypeError unless ``model`` is a MAR."""
+    if not isinstance(model, MAR):
+        raise TypeError(f"model: received {type(model).__name__}, expected a marref.MAR")
 
 
 def loss_and_grads(
@@ -269,8 +279,9 @@ def loss_and_grads(
     TypeError, ValueError
         See `MAR.forward` and `marref.loss.mar_loss`.
     """
+    check_model(model)
     tokens = model.check_inputs(params, tokens)
-    targets = checks.token_ids("targets", targets, model.vocab_size, ndim=2)
+    targets = checks.token_ids("targets", targets, model.vocab_size)
     checks.shape("targets", targets, tokens.shape)
     mask = checks.binary_mask("mask", mask, tokens.shape)
     if rng is not None:
@@ -300,7 +311,7 @@ def body_forward(
     x, cache["embedding_dropout"] = dropout.forward(x, model.dropout, rng)
     cache["blocks"] = []
     for block_params in params["blocks"]:
-        x, block_cache = _block(model, block_params, x, rng)
+        x, block_cache = block_forward(model, block_params, x, rng)
         cache["blocks"].append(block_cache)
     return x, cache
 
@@ -309,13 +320,14 @@ def encode(model: MAR, params: Tree, tokens: Array) -> Array:
     """Do as `body_forward` without dropout, keeping one block's activations at a time."""
     x, _ = embedding.forward(params["embedding"], tokens, model.positions)
     for block_params in params["blocks"]:
-        x, _ = _block(model, block_params, x, None)
+        x, _ = block_forward(model, block_params, x, None)
     return x
 
 
-def _block(
+def block_forward(
     model: MAR, block_params: Tree, x: Array, rng: np.random.Generator | None
 ) -> tuple[Array, Tree]:
+    """Run one block with the model's hyper-parameters."""
     return block.forward(
         block_params,
         x,

@@ -32,7 +32,7 @@ def init(params: Tree) -> Tree:
     dict
         ``step`` int64 array [], ``first_moment`` m and ``second_moment`` v, trees like ``params``.
     """
-    trees.check_like("params", params, _shapes(params))
+    _real_dtype("params", params, _shapes(params))
     return {
         "step": np.zeros((), np.int64),
         "first_moment": trees.map_leaves(np.zeros_like, params),
@@ -127,12 +127,17 @@ def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, float]:
     Raises
     ------
     TypeError, ValueError
-        ``max_norm`` is not positive, or ``grads`` are no tree of arrays of one dtype.
+        ``max_norm`` is not positive, or ``grads`` are no tree of real arrays of one dtype.
+    FloatingPointError
+        The norm is not finite.
     """
     max_norm = checks.real("max_norm", max_norm, "(0, inf)")
-    trees.check_like("grads", grads, _shapes(grads))
-    squares = [float(np.vdot(leaf, leaf).real) for leaf in trees.flatten(grads).values()]
-    norm = math.sqrt(math.fsum(squares))
+    _real_dtype("grads", grads, _shapes(grads))
+    # In float64: the square of 1e20 overflows float32.
+    leaves = [leaf.astype(np.float64) for leaf in trees.flatten(grads).values()]
+    norm = math.sqrt(math.fsum(float(np.vdot(leaf, leaf)) for leaf in leaves))
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"grads: their norm is {norm}")
     factor = min(1.0, max_norm / (norm + 1e-6))
     return trees.map_leaves(lambda leaf: leaf * factor, grads), norm
 
@@ -181,12 +186,20 @@ def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
     return {name: leaf.shape for name, leaf in trees.flatten(tree).items()}
 
 
+def _real_dtype(argument: str, tree: Tree, shapes: dict[str, tuple[int, ...]]) -> np.dtype[Any]:
+    dtype = trees.check_like(argument, tree, shapes)
+    if dtype.kind == "c":
+        raise TypeError(f"{argument}: dtype {dtype}, expected float32 or float64")
+    return dtype
+
+
 def _check_state(params: Tree, grads: Tree, state: Tree) -> None:
     """Raise unless gradients and moments are trees like the parameters, of the same dtype."""
     shapes = _shapes(params)
-    dtype = trees.check_like("params", params, shapes)
+    dtype = _real_dtype("params", params, shapes)
     if not isinstance(state, dict) or set(state) != {"step", "first_moment", "second_moment"}:
         raise ValueError("state: expected the result of init or of the step before")
+    checks.integer("state.step", np.asarray(state["step"])[()], 0)
     for name, tree in (
         ("grads", grads),
         ("state.first_moment", state["first_moment"]),

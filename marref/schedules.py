@@ -43,7 +43,7 @@ def cosine(num_masked: int, num_steps: int) -> Counts:
     Raises
     ------
     TypeError, ValueError
-        ``num_masked`` is no integer >= 0, or ``num_steps`` no integer >= 1.
+        ``num_masked`` is no integer in [0, 2³¹], or ``num_steps`` no integer >= 1.
 
     Examples
     --------
@@ -76,7 +76,7 @@ def linear(num_masked: int, num_steps: int) -> Counts:
     Raises
     ------
     TypeError, ValueError
-        ``num_masked`` is no integer >= 0, or ``num_steps`` no integer >= 1.
+        ``num_masked`` is no integer in [0, 2³¹], or ``num_steps`` no integer >= 1.
 
     Examples
     --------
@@ -93,7 +93,7 @@ SCHEDULES: dict[str, Schedule] = {"cosine": cosine, "linear": linear}
 
 
 def _effective_steps(num_masked: int, num_steps: int) -> int:
-    num_masked = checks.integer("num_masked", num_masked, 0)
+    num_masked = checks.integer("num_masked", num_masked, 0, 2**31)
     return min(checks.integer("num_steps", num_steps, 1), num_masked)
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from marref import checks, files, masking, optim, trees
 from marref.loss import mar_loss
 from marref.masking import mask_tokens, sample_mask_ratio
-from marref.model import MAR, loss_and_grads
+from marref.model import MAR, check_model, loss_and_grads
 from marref.trees import Array, Tree
 
 
@@ -93,9 +93,11 @@ def train(
     Raises
     ------
     TypeError, ValueError
-        An argument is of another type or outside its range; FloatingPointError if the loss is
-        no longer finite.
+        An argument is of another type or outside its range.
+    FloatingPointError
+        The logits are no longer finite; the message says in which step.
     """
+    check_model(model)
     tokens = model.check_inputs(params, tokens)
     checks.integer("num_steps", num_steps, 1)
     checks.integer("batch_size", batch_size, 1)
@@ -112,7 +114,10 @@ def train(
         targets = tokens[rng.integers(len(tokens), size=batch_size)]
         ratio = sample_mask_ratio(rng, mask_schedule, size=batch_size)
         inputs, mask = mask_tokens(targets, ratio, rng, mask_token_id)
-        loss, grads = loss_and_grads(model, params, inputs, targets, mask, rng)
+        try:
+            loss, grads = loss_and_grads(model, params, inputs, targets, mask, rng)
+        except ValueError as error:
+            raise FloatingPointError(f"training diverged in step {step + 1}: {error}") from error
         grads, grad_norm = optim.clip_by_global_norm(grads, max_norm)
         rate = optim.warmup_cosine(
             step, peak=learning_rate, warmup_steps=warmup_steps, total_steps=num_steps
@@ -160,9 +165,17 @@ def bits_per_token(
     Returns
     -------
     float
+
+    Raises
+    ------
+    TypeError, ValueError
+        There are no sequences, or an argument is none of `marref.masking.mask_tokens`.
     """
     checks.integer("batch_size", batch_size, 1)
-    targets = np.asarray(tokens)
+    checks.function("predict", predict)
+    targets = checks.token_ids("tokens", tokens, np.iinfo(np.int64).max)
+    if len(targets) == 0:
+        raise ValueError(f"tokens: shape {list(targets.shape)}, expected at least one sequence")
     masked, mask = mask_tokens(targets, ratio, rng, mask_token_id)
     nats = 0.0
     for start in range(0, len(targets), batch_size):
@@ -187,7 +200,7 @@ def position_log_frequencies(tokens: npt.ArrayLike, vocab_size: int) -> npt.NDAr
     float64 array [length, vocab_size]
     """
     checks.integer("vocab_size", vocab_size, 2)
-    tokens = checks.token_ids("tokens", tokens, vocab_size, ndim=2)
+    tokens = checks.token_ids("tokens", tokens, vocab_size)
     counts = 1.0 + (tokens[:, :, np.newaxis] == np.arange(vocab_size)).sum(axis=0)
     log_frequencies: npt.NDArray[np.float64] = np.log(counts / counts.sum(axis=1, keepdims=True))
     return log_frequencies
@@ -208,6 +221,7 @@ def save_model(path: str | os.PathLike[str], model: MAR, params: Tree) -> None:
     TypeError, ValueError
         The parameters do not fit the model.
     """
+    check_model(model)
     trees.check_like("params", params, model.parameter_shapes)
     files.save(path, trees.flatten(params), {"model": dataclasses.asdict(model)})
 

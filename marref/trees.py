@@ -4,7 +4,7 @@ Parameters, gradients, caches and optimiser moments are all trees.  A leaf's nam
 joined by dots, with list positions as numbers: ``blocks.0.attention.query.kernel``.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -60,7 +60,7 @@ def _leaves(node: Any, name: str) -> Iterator[tuple[str, Array]]:
 
 
 def unflatten(leaves: dict[str, Array]) -> Tree:
-    """Build the tree whose leaves have the given dotted names; undoes `flatten`.
+    """Build the tree whose leaves have the given dotted names; undoes `flatten` of a dict.
 
     Parameters
     ----------
@@ -113,27 +113,38 @@ def map_leaves(function: Callable[..., Array], tree: Any, *others: Any) -> Any:
     function : callable
         Takes one leaf of each tree, returns a leaf of the result.
     tree, *others : trees
-        Of one structure.
+        Of one structure; absent leaves (``None``) stay absent.
 
     Returns
     -------
     tree
         With the structure of `tree`.
+
+    Raises
+    ------
+    ValueError
+        The structures differ.
     """
+    if any(type(other) is not type(tree) for other in others) or (
+        isinstance(tree, dict | list) and any(len(other) != len(tree) for other in others)
+    ):
+        raise ValueError("others: expected trees of the structure of the first")
     if isinstance(tree, dict):
+        if any(other.keys() != tree.keys() for other in others):
+            raise ValueError(f"others: expected the keys {', '.join(tree)}")
         return {
             key: map_leaves(function, child, *(other[key] for other in others))
             for key, child in tree.items()
         }
     if isinstance(tree, list):
         return [
-            map_leaves(function, child, *(other[index] for other in others))
-            for index, child in enumerate(tree)
+            map_leaves(function, child, *children)
+            for child, *children in zip(tree, *others, strict=True)
         ]
-    return function(tree, *others)
+    return None if tree is None else function(tree, *others)
 
 
-def check_like(argument: str, tree: Any, shapes: dict[str, tuple[int, ...]]) -> np.dtype[Any]:
+def check_like(argument: str, tree: Any, shapes: Mapping[str, tuple[int, ...]]) -> np.dtype[Any]:
     """Raise unless a tree has exactly the given leaves, all of one dtype that marref computes in.
 
     Parameters
@@ -167,6 +178,8 @@ def check_like(argument: str, tree: Any, shapes: dict[str, tuple[int, ...]]) -> 
     if faults:
         more = f"; and {len(faults) - 5} more" if len(faults) > 5 else ""
         raise ValueError(f"{argument}: " + "; ".join(faults[:5]) + more)
+    if not leaves:
+        raise ValueError(f"{argument}: no leaves, expected at least one array")
     dtypes: dict[np.dtype[Any], str] = {}
     for name, leaf in leaves.items():
         dtypes.setdefault(leaf.dtype, name)
@@ -179,7 +192,10 @@ def check_like(argument: str, tree: Any, shapes: dict[str, tuple[int, ...]]) -> 
 
 def check_dtype(argument: str, dtype: npt.DTypeLike) -> np.dtype[Any]:
     """Raise TypeError unless a dtype is one that marref computes in."""
-    dtype = np.dtype(dtype)
+    try:
+        dtype = np.dtype(dtype)
+    except TypeError as error:
+        raise TypeError(f"{argument}: received {dtype!r}, expected a dtype") from error
     if dtype not in (np.float32, np.float64, np.complex128):
         raise TypeError(
             f"{argument}: dtype {dtype}, expected float32, float64 "

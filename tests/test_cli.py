@@ -31,6 +31,7 @@ def test_check_fails_if_a_gradient_does(capsys, monkeypatch, error):
     printed = capsys.readouterr().out
     assert "1 failed" in printed
     assert printed.count("FAILED") == 1
+    assert f"largest error {error:.1e}" in printed
 
 
 @pytest.fixture
@@ -118,12 +119,11 @@ def test_the_demo_runs_in_a_process_with_one_blas_thread_and_keeps_what_the_user
         return subprocess.CompletedProcess(command, 3)
 
     monkeypatch.setattr(subprocess, "run", record)
-    monkeypatch.setattr(sys, "argv", ["marref", "demo", "--quick"])
     monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     monkeypatch.setenv("MKL_NUM_THREADS", "7")
     assert cli.main(["demo", "--quick"]) == 3
     ((command, env),) = runs
-    assert command == [sys.executable, "-m", "marref", "demo", "--quick"]
+    assert command == [sys.executable, "-P", "-m", "marref", "demo", "--quick"]
     assert (env["OPENBLAS_NUM_THREADS"], env["MKL_NUM_THREADS"]) == ("1", "7")
 
 

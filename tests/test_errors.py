@@ -180,6 +180,42 @@ BAD_CALLS = {
     "tokens: shape [2, 3], expected [2, 5]": decode(tokens=TOKENS, seq_len=5),
     "tokens: id 7 at [0, 0] is not in [0, 5)": decode(tokens=TOKENS * 7),
     "schedule: received 'sine', expected one of cosine, linear": decode(schedule="sine"),
+    "schedule: returned array([0, 6])": decode(schedule=lambda *_: np.array([0, 6])),
+    "expected at most 2 integers >= 1": decode(num_steps=2, schedule=lambda *_: [2, 2, 2]),
+    "vocab_size: received 'all', expected an integer": decode(vocab_size="all"),
+    "model: received NoneType, expected a marref.MAR": lambda: marref.loss_and_grads(
+        None, PARAMS, TOKENS, TOKENS, MASK
+    ),
+    "model: received str": lambda: marref.save_model("x.npz", "model", PARAMS),
+    "cache: expected what this model's forward returned": lambda: MODEL.backward(
+        PARAMS, LOGITS, {}
+    ),
+    "tokens: cannot be made an array": lambda: MODEL(PARAMS, [[1], [1, 2]]),
+    "logits: cannot be made an array": lambda: marref.mar_loss([[1.0], [1.0, 2.0]], TOKENS, MASK),
+    "length: received -3, expected an integer >= 1": lambda: marref.sinusoidal_table(-3, 4),
+    "embed_dim: received 5, expected an even number": lambda: marref.sinusoidal_table(3, 5),
+    "layout: received 'bogus', expected one of concatenated": lambda: marref.sinusoidal_table(
+        3, 4, "bogus"
+    ),
+    "temperature: received 1000000000": decode(temperature=10**400),
+    "params: no leaves, expected at least one array": lambda: optim.init({}),
+    "dtype: received 'bogus', expected a dtype": lambda: MODEL.init(RNG, "bogus"),
+    "params: dtype complex128, expected float32 or float64 ": lambda: optim.init(
+        MODEL.init(RNG, complex)
+    ),
+    "state.step: received -1": lambda: optim.step(
+        PARAMS, PARAMS, {**STATE, "step": np.array(-1)}, 0.1
+    ),
+    "others: expected the keys a": lambda: trees.map_leaves(np.add, {"a": TOKENS}, {"b": TOKENS}),
+    "others: expected trees of the structure": lambda: trees.map_leaves(
+        np.add, {"a": TOKENS}, {"a": TOKENS, "b": TOKENS}
+    ),
+    "function: received NoneType, expected a function": lambda: marref.check_gradients(
+        None, {}, {}
+    ),
+    "tokens: shape [0, 3], expected at least one sequence": lambda: training.bits_per_token(
+        MODEL, TOKENS[:0], 0.5, RNG
+    ),
     "schedule: returned array([6, 1]) for 6 masked positions": decode(
         schedule=lambda *_: np.array([6, 1])
     ),

@@ -45,7 +45,7 @@ def test_a_file_is_written_whole_or_not_at_all(trained, tmp_path, monkeypatch):
         file.write(b"half of it")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(np, "savez", fails)
+    monkeypatch.setattr(np, "savez_compressed", fails)
     with pytest.raises(OSError, match="No space left"):
         marref.save_model(path, *trained)
     assert path.read_bytes() == before
@@ -83,7 +83,7 @@ def test_nothing_is_unpickled(tmp_path):
         archive.writestr("head.bias.npy", buffer.getvalue())
         archive.writestr("__metadata__.npy", buffer.getvalue())
     for path in (raw, tmp_path / "zip.npz"):
-        with pytest.raises(ValueError, match="not a marref"):
+        with pytest.raises(ValueError, match="cannot be read as arrays"):
             files.load(path)
     assert not (tmp_path / "exploded").exists()
 

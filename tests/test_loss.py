@@ -72,6 +72,7 @@ def test_an_empty_mask_costs_nothing(dtype):
     targets, mask = np.zeros((2, 3), int), np.zeros((2, 3), bool)
     value, cache = loss.forward(logits, targets, mask)
     assert value == 0.0
+    assert not np.signbit(value)
     assert value.dtype == dtype
     np.testing.assert_array_equal(loss.backward(cache), np.zeros_like(logits))
 

@@ -59,3 +59,11 @@ def test_numpy_scalars_do_not_widen_float32():
     stepped, _ = optim.step(params, params, optim.init(params), np.float64(0.1), **options)
     clipped, _ = optim.clip_by_global_norm(params, np.float64(0.1))
     assert stepped["w"].dtype == clipped["w"].dtype == np.float32
+
+
+def test_the_norm_of_large_float32_gradients_does_not_overflow():
+    clipped, norm = optim.clip_by_global_norm({"w": np.array([1e20, 1.0], np.float32)}, 1.0)
+    assert norm == pytest.approx(1e20)
+    assert clipped["w"][0] == pytest.approx(1.0)
+    with pytest.raises(FloatingPointError, match="grads: their norm is nan"):
+        optim.clip_by_global_norm({"w": np.array([np.nan])}, 1.0)

@@ -88,3 +88,10 @@ def test_the_digits_are_all_there_and_split_without_overlap():
     assert (together.min(), together.max()) == (1, 17)
     # The first image of the original file, a zero, and sums that any change would move.
     assert (together.sum(), (together**2).sum()) == (676_726, 8_145_456)
+
+
+def test_diverged_training_says_in_which_step(small):
+    model, params, tokens = small
+    broken = trees.map_leaves(lambda leaf: leaf * np.float32("nan"), params)
+    with pytest.raises(FloatingPointError, match="training diverged in step 1: logits: nan"):
+        fit(model, broken, tokens)

@@ -109,7 +109,7 @@ def backward(params: Tree, dy: Array, cache: Tree) -> tuple[Array, Tree]:
     dcontext = _split_heads(dcontext, num_heads)
     dweights = dcontext @ value.mT
     dvalue = weights.mT @ dcontext
-    dscores = weights * (dweights - np.vecdot(weights, dweights)[..., np.newaxis])
+    dscores = weights * (dweights - (weights * dweights).sum(axis=-1, keepdims=True))
     dscores /= math.sqrt(head_dim)
     dquery = dscores @ key
     dkey = dscores.mT @ query

@@ -15,6 +15,7 @@ import functools
 import numpy as np
 import numpy.typing as npt
 
+from marref import checks
 from marref.trees import Array, Tree
 
 LAYOUTS = ("concatenated", "interleaved")
@@ -73,7 +74,6 @@ def backward(params: Tree, dx: Array, cache: Array) -> Tree:
     return {"table": dtable}
 
 
-@functools.lru_cache(maxsize=16)
 def sinusoidal_table(length: int, embed_dim: int, layout: str = "concatenated") -> Array:
     """Tabulate P, the sinusoidal positions.
 
@@ -88,7 +88,19 @@ def sinusoidal_table(length: int, embed_dim: int, layout: str = "concatenated") 
     -------
     float64 array [length, embed_dim]
         Read-only, since it is shared between calls.
+
+    Raises
+    ------
+    TypeError, ValueError
+        A size is no positive integer, ``embed_dim`` is odd, or the layout is unknown.
     """
+    length = checks.integer("length", length, 1)
+    embed_dim = checks.even("embed_dim", embed_dim)
+    return _table(length, embed_dim, checks.choice("layout", layout, LAYOUTS))
+
+
+@functools.lru_cache(maxsize=16)
+def _table(length: int, embed_dim: int, layout: str) -> Array:
     half = embed_dim // 2
     index = np.arange(half)
     concatenated = layout == "concatenated"

@@ -63,6 +63,7 @@ def check_gradients(
     TypeError, ValueError
         The trees differ or are not float64, or the method is unknown.
     """
+    checks.function("function", function)
     checks.choice("method", method, METHODS)
     leaves = trees.flatten(point)
     shapes = {name: leaf.shape for name, leaf in leaves.items()}
