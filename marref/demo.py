@@ -70,7 +70,7 @@ DEFAULT = Settings(
     warmup_steps=100,
     mask_schedule="uniform",
     decode_steps=64,
-    temperature=0.8,
+    temperature=0.7,
     choice_temperature=30.0,
 )
 QUICK = dataclasses.replace(DEFAULT, num_steps=30, warmup_steps=5, decode_steps=8)
