@@ -92,7 +92,7 @@ def save(path: str | os.PathLike[str], arrays: dict[str, Array], metadata: dict[
         _safetensors()
         from safetensors.numpy import save as to_bytes
 
-        whole = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
         content = to_bytes(whole, {_SAFETENSORS_KEY: text})
         with replacing(path) as temporary:
             temporary.write_bytes(content)

@@ -1,0 +1,297 @@
+"""Golden vectors: everything that it takes to check an implementation, as named arrays.
+
+`make` draws a model and a batch from a seed and computes, with marref itself:
+
+    params/<name>                      the parameters
+    input/tokens, targets, mask        the batch: [MASK] where masked, the true ids, 1 where masked
+    activations/<name>                 the forward pass, see `marref.verify.trace`
+    loss                               scalar, nats
+    gradients/<name>                   of the parameters
+    activation_gradients/<name>        of the residual stream: logits, blocks.<i>.output, embedding
+    adam/<step>/<name>                 parameters after steps 1, 2 and 10 on this batch
+    adamw/<step>/<name>                the same with decoupled weight decay
+    clipped/<step>/<name>              the same as adam, with the gradients clipped
+    decode/<setting>/tokens            the result of the decoder, and what it started from:
+    decode/<setting>/start
+    decode/<setting>/steps/<name>      tokens, mask and confidence after every step
+    schedule/<name>/<masked>/<steps>   reveal counts
+
+Parameters are drawn so that nothing hides: biases are not 0, scales not 1, activations of order
+one, and one token nearly cancels the position that it stands at, so that the variance there is
+so small that the epsilon of a layer norm shows.  All parameters are bfloat16 numbers: an
+implementation in any precision starts from exactly the same model.
+"""
+
+import dataclasses
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from marref import checks, decoding, loss, optim, schedules, trees
+from marref.layers import block, dropout, embedding
+from marref.model import MAR, head_backward
+from marref.trees import Array, Tree
+from marref.verify import trace
+from marref.verify.rounding import round_to
+
+PRESETS = {
+    "tiny": MAR(vocab_size=7, embed_dim=6, num_layers=2, num_heads=2, seq_len=5, dropout=0.0),
+    "small": MAR(vocab_size=18, embed_dim=64, num_layers=2, num_heads=4, seq_len=64, dropout=0.0),
+}
+"""Models for `make`, by name: one to look at, and one of the size of the demo's."""
+
+_ADAM = {"learning_rate": 0.01, "beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8}
+
+OPTIMISERS: dict[str, dict[str, float]] = {
+    "adam": {**_ADAM, "weight_decay": 0.0},
+    "adamw": {**_ADAM, "weight_decay": 0.1},
+    "clipped": {**_ADAM, "weight_decay": 0.0, "max_norm": 0.1},
+}
+"""Arguments of `marref.optim.step`, and of the clipping before it."""
+OPTIMISER_STEPS = (1, 2, 10)
+
+DECODINGS: dict[str, dict[str, Any]] = {
+    "one-step": {"num_steps": 1},
+    "cosine-3": {"num_steps": 3},
+    "cosine-8": {"num_steps": 8},
+    "linear-3": {"num_steps": 3, "schedule": "linear"},
+    "cold": {"num_steps": 3, "temperature": 0.5},
+    "hot": {"num_steps": 3, "temperature": 2.0},
+    "known": {"num_steps": 3},
+    "plain": {"num_steps": 3, "exclude_mask_token": False},
+}
+"""Arguments of `marref.iterative_decode`; "known" starts from tokens, the others from [MASK]."""
+
+CONVENTIONS = {
+    "layout": "row-major; kernels are [in, out], y = x kernel + bias",
+    "heads": "head h reads features h * head_dim to (h + 1) * head_dim - 1",
+    "mask": "1 where a position is masked; id 0 is [MASK]",
+    "loss": "mean over all masked positions of the batch, in nats",
+    "key bias": "its gradient, which is 0, is set to 0 before every optimiser step",
+}
+
+COUNTS = tuple((masked, steps) for masked in (5, 16, 64, 256) for steps in (1, 3, 8, 12))
+
+BATCH = 4
+
+
+def draw(model: MAR, seed: int) -> tuple[Tree, dict[str, Array]]:
+    """Draw parameters and a batch in which nothing hides.
+
+    Parameters
+    ----------
+    model : MAR
+    seed : int
+
+    Returns
+    -------
+    params : dict
+        float64; every number is a bfloat16.
+    batch : dict
+        ``tokens``, ``targets`` and ``mask``, int64 [4, seq_len]: the first sequence has all
+        positions masked but one, the second about half, the third one, the fourth none.
+    """
+    rng = np.random.default_rng(seed)
+
+    def leaf(name: str, shape: tuple[int, ...]) -> Array:
+        noise: Array = rng.normal(size=shape)
+        if name.endswith("table"):
+            return noise
+        scaled: Array = (shape[0] ** -0.5 if name.endswith("kernel") else 0.3) * noise
+        return 1.0 + scaled if name.endswith("scale") else scaled
+
+    leaves = {name: leaf(name, shape) for name, shape in model.parameter_shapes.items()}
+    targets = rng.integers(1, model.vocab_size, (BATCH, model.seq_len))
+    # A token that stands at position 0 of the last sequence, unmasked, and nearly cancels it.
+    cancelling = targets[-1, 0]
+    positions = embedding.sinusoidal_table(model.seq_len, model.embed_dim, model.positions)
+    table = leaves["embedding.table"]
+    table[cancelling] = 0.05 * table[cancelling] - positions[0]
+
+    mask = np.zeros(targets.shape, np.int64)
+    for row, count in enumerate((model.seq_len - 1, model.seq_len // 2, 1, 0)):
+        mask[row, rng.permutation(model.seq_len)[:count]] = 1
+    params = trees.unflatten({name: round_to(leaf, "bfloat16") for name, leaf in leaves.items()})
+    return params, {"tokens": np.where(mask == 1, 0, targets), "targets": targets, "mask": mask}
+
+
+def compute(model: MAR, params: Tree, batch: dict[str, Array]) -> dict[str, Array]:
+    """Compute everything that follows from parameters and a batch, in the parameters' dtype.
+
+    Parameters
+    ----------
+    model : MAR
+        Without dropout.
+    params : dict
+    batch : dict
+        From `draw`.
+
+    Returns
+    -------
+    dict of str to array
+        In the order of computation; see the head of this module.
+    """
+    arrays: dict[str, Array] = {}
+    for stage in stages(model, params, batch).values():
+        arrays |= stage()
+    return arrays
+
+
+def stages(
+    model: MAR, params: Tree, batch: dict[str, Array]
+) -> dict[str, Callable[[], dict[str, Array]]]:
+    """Split `compute` into stages, each to be run only if something of it is asked for.
+
+    Returns
+    -------
+    dict of str to callable
+        By the prefix of the names that the stage computes, in the order of computation.
+    """
+    return {
+        "activations/": lambda: _forward(model, params, batch),
+        "loss": lambda: {"loss": np.asarray(_gradients(model, params, batch)[0])},
+        "gradients/": lambda: _named("gradients", _gradients(model, params, batch)[1]),
+        "activation_gradients/": lambda: _gradients(model, params, batch)[2],
+        **{
+            f"{name}/": functools.partial(_optimise, model, params, batch, name, options)
+            for name, options in OPTIMISERS.items()
+        },
+        **{
+            f"decode/{name}/": functools.partial(_decode, model, params, batch, name, options)
+            for name, options in DECODINGS.items()
+        },
+        "schedule/": _schedules,
+    }
+
+
+def make(
+    model: MAR, seed: int = 0, dtype: npt.DTypeLike = np.float64
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Make golden vectors.
+
+    Parameters
+    ----------
+    model : MAR
+        Its dropout is ignored: golden vectors are about what can be repeated.
+    seed : int
+    dtype : float64 or float32
+        In which the results are *stored*; they are computed in float64 always.
+
+    Returns
+    -------
+    arrays : dict of str to array
+        In the order in which an implementation would compute them.
+    metadata : dict
+        ``format``, ``config`` (the hyper-parameters), ``seed``, ``versions``, ``conventions``,
+        ``optimisers`` and ``decodings`` (the arguments of each), ``order`` (the names of the
+        arrays).
+    """
+    checks.integer("seed", seed, 0)
+    if trees.check_dtype("dtype", dtype).kind == "c":
+        raise TypeError(f"dtype: received {dtype}, expected float64 or float32")
+    model = dataclasses.replace(model, dropout=0.0)
+    params, batch = draw(model, seed)
+    arrays = {
+        **_named("params", params),
+        **{f"input/{name}": array for name, array in batch.items()},
+        **compute(model, params, batch),
+    }
+    arrays = {
+        name: array.astype(dtype) if array.dtype.kind == "f" else array
+        for name, array in arrays.items()
+    }
+    metadata = {
+        "format": "marref golden vectors 1",
+        "config": dataclasses.asdict(model),
+        "seed": seed,
+        "versions": {"marref": importlib.metadata.version("marref"), "numpy": np.__version__},
+        "conventions": CONVENTIONS,
+        "optimisers": OPTIMISERS,
+        "decodings": DECODINGS,
+        "order": list(arrays),
+    }
+    return arrays, metadata
+
+
+def shipped(name: str) -> Path:
+    """Return where a golden file that ships with the package is.
+
+    Parameters
+    ----------
+    name : {"tiny"}
+    """
+    checks.choice("golden", name, ("tiny",))
+    return Path(__file__).parent.parent / "datasets" / "golden-tiny.npz"
+
+
+def _named(section: str, tree: Tree) -> dict[str, Array]:
+    return {f"{section}/{name}": leaf for name, leaf in trees.flatten(tree).items()}
+
+
+def _forward(model: MAR, params: Tree, batch: dict[str, Array]) -> dict[str, Array]:
+    named = trace.activations(model, params, batch["tokens"])
+    return {f"activations/{name}": array for name, array in named.items()}
+
+
+def _gradients(
+    model: MAR, params: Tree, batch: dict[str, Array]
+) -> tuple[np.inexact, Tree, dict[str, Array]]:
+    """Loss, gradients, and the gradients of the residual stream, last first."""
+    logits, cache = model.forward(params, batch["tokens"])
+    value, loss_cache = loss.forward(logits, batch["targets"], batch["mask"])
+    residual = {"logits": loss.backward(loss_cache)}
+    grads = model.backward(params, residual["logits"], cache)
+    dx, _ = head_backward(params, residual["logits"], cache)
+    for index in reversed(range(model.num_layers)):
+        residual[f"blocks.{index}.output"] = dx
+        dx, _ = block.backward(params["blocks"][index], dx, cache["blocks"][index], gelu=model.gelu)
+    residual["embedding"] = dropout.backward(dx, cache["embedding_dropout"])
+    return value, grads, {f"activation_gradients/{name}": dx for name, dx in residual.items()}
+
+
+def _schedules() -> dict[str, Array]:
+    return {
+        f"schedule/{name}/{masked}/{steps}": schedule(masked, steps)
+        for name, schedule in schedules.SCHEDULES.items()
+        for masked, steps in COUNTS
+    }
+
+
+def _optimise(
+    model: MAR, params: Tree, batch: dict[str, Array], name: str, options: dict[str, float]
+) -> dict[str, Array]:
+    arrays: dict[str, Array] = {}
+    state = optim.init(params)
+    options = dict(options)
+    max_norm = options.pop("max_norm", None)
+    for step in range(1, max(OPTIMISER_STEPS) + 1):
+        _, grads, _ = _gradients(model, params, batch)
+        for block_grads in grads["blocks"]:
+            # Its true gradient is 0: Adam would turn the rounding noise into steps.
+            bias = block_grads["attention"]["key"]["bias"]
+            block_grads["attention"]["key"]["bias"] = np.zeros_like(bias)
+        if max_norm is not None:
+            grads, _ = optim.clip_by_global_norm(grads, max_norm)
+        params, state = optim.step(params, grads, state, **options)
+        if step in OPTIMISER_STEPS:
+            arrays |= _named(f"{name}/{step}", params)
+    return arrays
+
+
+def _decode(
+    model: MAR, params: Tree, batch: dict[str, Array], name: str, options: dict[str, Any]
+) -> dict[str, Array]:
+    known = batch["tokens"][:2] if name == "known" else np.zeros((1, model.seq_len), np.int64)
+    tokens, steps = decoding.iterative_decode(
+        model, params, tokens=known, return_steps=True, **options
+    )
+    return {
+        f"decode/{name}/start": known,
+        f"decode/{name}/tokens": tokens,
+        **{f"decode/{name}/steps/{key}": array for key, array in steps.items()},
+    }

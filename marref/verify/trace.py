@@ -1,0 +1,61 @@
+"""The named activations of a forward pass, in the order in which they are computed."""
+
+from marref.layers import embedding, linear
+from marref.model import MAR, block_forward, head_forward
+from marref.trees import Array, Tree
+
+
+def activations(model: MAR, params: Tree, tokens: Array) -> dict[str, Array]:
+    """Run the model without dropout and name what it computes.
+
+    Parameters
+    ----------
+    model : MAR
+    params : dict
+    tokens : integer array [batch, length]
+
+    Returns
+    -------
+    dict of str to array
+        In the order of computation; ``<i>`` counts the blocks from 0:
+
+        ``embedding``                            [batch, length, embed_dim]
+        ``blocks.<i>.attention_norm``            [batch, length, embed_dim]
+        ``blocks.<i>.attention.query``           [batch, num_heads, length, head_dim]
+        ``blocks.<i>.attention.key``             [batch, num_heads, length, head_dim]
+        ``blocks.<i>.attention.value``           [batch, num_heads, length, head_dim]
+        ``blocks.<i>.attention.weights``         [batch, num_heads, length, length], keys last
+        ``blocks.<i>.attention.context``         [batch, length, embed_dim]
+        ``blocks.<i>.attention.output``          [batch, length, embed_dim]
+        ``blocks.<i>.feed_forward_norm``         [batch, length, embed_dim]
+        ``blocks.<i>.feed_forward.up``           [batch, length, 4·embed_dim]
+        ``blocks.<i>.feed_forward.activation``   [batch, length, 4·embed_dim]
+        ``blocks.<i>.feed_forward.down``         [batch, length, embed_dim]
+        ``blocks.<i>.output``                    [batch, length, embed_dim], the residual stream
+        ``final_norm``                           [batch, length, embed_dim]
+        ``logits``                               [batch, length, vocab_size]
+    """
+    x, _ = embedding.forward(params["embedding"], tokens, model.positions)
+    named = {"embedding": x}
+    for index, block_params in enumerate(params["blocks"]):
+        x, cache = block_forward(model, block_params, x, None)
+        attention, feed_forward = cache["attention"], cache["feed_forward"]
+        output, _ = linear.forward(block_params["attention"]["output"], attention["context"])
+        down, _ = linear.forward(block_params["feed_forward"]["down"], feed_forward["activation"])
+        block = {
+            "attention_norm": attention["input"],
+            "attention.query": attention["query"],
+            "attention.key": attention["key"],
+            "attention.value": attention["value"],
+            "attention.weights": attention["weights"],
+            "attention.context": attention["context"],
+            "attention.output": output,
+            "feed_forward_norm": feed_forward["input"],
+            "feed_forward.up": feed_forward["gelu"]["input"],
+            "feed_forward.activation": feed_forward["activation"],
+            "feed_forward.down": down,
+            "output": x,
+        }
+        named |= {f"blocks.{index}.{name}": array for name, array in block.items()}
+    logits, cache = head_forward(model, params, x)
+    return {**named, "final_norm": cache["head"], "logits": logits}
