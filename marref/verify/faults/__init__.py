@@ -1,0 +1,54 @@
+"""The fault catalogue: known ways to get MAR wrong, and other conventions, each with a name.
+
+`applied` takes several faults at once.  The reference itself knows nothing of them: they replace
+its functions from outside.
+
+Examples
+--------
+>>> import dataclasses
+>>> from marref.verify import golden
+>>> from marref.verify.faults import CATALOGUE
+>>> model = golden.PRESETS["tiny"]
+>>> params, batch = golden.draw(model, seed=0)
+>>> right = model(params, batch["tokens"])
+>>> with CATALOGUE["gelu-tanh"].applied():
+...     wrong = model(params, batch["tokens"])
+>>> float(abs(wrong - right).max()) > 1e-5
+True
+>>> tanh = dataclasses.replace(model, gelu="tanh")
+>>> bool((wrong == tanh(params, batch["tokens"])).all())
+True
+"""
+
+from marref.verify.faults import (
+    attention,
+    block,
+    decoding,
+    embedding,
+    feed_forward,
+    gradients,
+    layer_norm,
+    loss,
+    optimiser,
+)
+from marref.verify.faults.fault import Fault, applied, compatible
+
+__all__ = ["CATALOGUE", "STAGES", "Fault", "applied", "compatible"]
+
+STAGES: dict[str, tuple[Fault, ...]] = {
+    "embedding and head": embedding.FAULTS,
+    "layer norm": layer_norm.FAULTS,
+    "linear layers": feed_forward.LINEAR,
+    "attention": attention.FAULTS,
+    "feed-forward": feed_forward.FAULTS,
+    "block": block.FAULTS,
+    "loss": loss.FAULTS,
+    "gradients": gradients.FAULTS,
+    "optimiser": optimiser.FAULTS,
+    "decoding": decoding.DECODING,
+    "masking": decoding.MASKING,
+}
+"""The faults by stage, in the order of the pipeline."""
+
+CATALOGUE: dict[str, Fault] = {fault.name: fault for faults in STAGES.values() for fault in faults}
+"""Every fault by its name, in the order of the pipeline."""

@@ -1,0 +1,457 @@
+"""The fault catalogue: every known mistake shows, has its right gradient, and is caught."""
+
+import dataclasses
+import functools
+import re
+import sys
+from pathlib import Path
+
+import mpmath
+import numpy as np
+import pytest
+
+import marref
+from marref import trees
+from marref.layers import layer_norm
+from marref.verify import faults, golden, self_check
+from marref.verify.faults import CATALOGUE, STAGES
+from marref.verify.faults.page import differences, first_difference, first_differences, page
+
+from . import oracle, strategies
+from .test_decoding import with_logits
+from .test_torch import (
+    NAMES,
+    assert_close,
+    assert_gradients_close,
+    decoded,
+    golden_model,
+    hold_key_biases,
+    leaves_of,
+    read_golden,
+)
+
+TINY = golden.PRESETS["tiny"]
+MISTAKES = Path(__file__).parents[1] / "docs" / "mistakes.md"
+
+every_fault = pytest.mark.parametrize("name", CATALOGUE)
+
+# What the tiny golden vectors cannot show, and where it shows instead.
+OTHER_MODELS = {
+    "positions-concatenated": {"positions": "interleaved"},
+    "gelu-erf": {"gelu": "tanh"},
+    "layer-norm-epsilon-1e-5": {"layer_norm_epsilon": 1e-6},
+    "layer-norm-clipped-variance": {"layer_norm_epsilon": 1e-2},
+}
+WITHOUT_ARRAYS = {
+    "decode-ties-to-higher-position",
+    "decode-ties-together",
+    *(fault.name for fault in STAGES["masking"]),
+}
+
+
+@functools.cache
+def drawn(model):
+    params, batch = golden.draw(model, seed=0)
+    return params, batch, golden.compute(model, params, batch)
+
+
+@pytest.fixture(scope="module")
+def first_in_tiny():
+    return first_differences()
+
+
+# The catalogue.
+
+
+def test_the_catalogue_has_every_fault_of_every_stage_once():
+    listed = [fault.name for stage in STAGES.values() for fault in stage]
+    assert list(CATALOGUE) == listed
+    assert len(listed) == len(set(listed)) >= 60
+    summaries = [fault.summary for fault in CATALOGUE.values()]
+    assert len(set(summaries)) == len(summaries)
+
+
+@every_fault
+def test_a_fault_has_a_kebab_case_name_a_paragraph_and_patches(name):
+    fault = CATALOGUE[name]
+    assert fault.name == name
+    assert re.fullmatch(r"[a-z][a-z0-9.]*(-[a-z0-9.]+)*", name)
+    assert fault.patches
+    assert fault.summary.endswith(".")
+    assert "\n" not in fault.summary
+    assert fault.summary == " ".join(fault.summary.split())
+
+
+def namespaces():
+    """Everything that a patch could leave behind."""
+    owners = [module for key, module in sys.modules.items() if key.split(".")[0] == "marref"]
+    return {
+        (owner.__name__, name): value
+        for owner in [*owners, marref.MAR]
+        for name, value in vars(owner).items()
+        if name not in {"__dict__", "__weakref__"}
+    }
+
+
+def assert_same(before, after):
+    assert before.keys() == after.keys()
+    assert [key for key in before if before[key] is not after[key]] == []
+
+
+@every_fault
+def test_a_fault_is_applied_and_then_gone(name):
+    before = namespaces()
+    with CATALOGUE[name].applied():
+        during = namespaces()
+    assert any(before[key] is not during[key] for key in before)
+    assert_same(before, namespaces())
+
+
+def test_faults_are_gone_after_an_error_too():
+    before = namespaces()
+    pair = CATALOGUE["gelu-tanh"], CATALOGUE["layer-norm-epsilon-1e-6"]
+    with pytest.raises(ZeroDivisionError), faults.applied(*pair):
+        raise ZeroDivisionError
+    assert_same(before, namespaces())
+
+
+def test_two_faults_together_are_both_there():
+    params, batch, _ = drawn(TINY)
+    both = dataclasses.replace(TINY, gelu="tanh", layer_norm_epsilon=1e-6)
+    for pair in (
+        ("gelu-tanh", "layer-norm-epsilon-1e-6"),
+        ("layer-norm-epsilon-1e-6", "gelu-tanh"),
+    ):
+        with faults.applied(*(CATALOGUE[name] for name in pair)):
+            found = golden.compute(TINY, params, batch)
+        assert differences(found, golden.compute(both, params, batch)) == {}
+
+
+def test_a_wrap_goes_around_a_replacement_whatever_the_order():
+    params, batch, _ = drawn(TINY)
+    pair = CATALOGUE["gelu-relu"], CATALOGUE["gelu-tanh"]
+    found = []
+    for order in (pair, pair[::-1], pair[:1]):
+        with faults.applied(*order):
+            found.append(TINY(params, batch["tokens"]))
+    np.testing.assert_array_equal(found[0], found[2])
+    np.testing.assert_array_equal(found[1], found[2])
+
+
+def test_faults_that_replace_the_same_function_exclude_each_other():
+    before = namespaces()
+    pair = CATALOGUE["gelu-relu"], CATALOGUE["gelu-silu"]
+    assert not faults.compatible(*pair)
+    with pytest.raises(ValueError, match="gelu-relu, gelu-silu"), faults.applied(*pair):
+        pass
+    assert faults.compatible(CATALOGUE["gelu-relu"], CATALOGUE["attention-unscaled"])
+    assert_same(before, namespaces())
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("gelu-tanh", {"gelu": "tanh"}),
+        ("positions-interleaved", {"positions": "interleaved"}),
+        ("layer-norm-epsilon-1e-6", {"layer_norm_epsilon": 1e-6}),
+        ("layer-norm-epsilon-1e-12", {"layer_norm_epsilon": 1e-12}),
+    ],
+)
+def test_a_fault_that_is_an_option_of_the_model_computes_what_the_option_does(name, change):
+    params, batch, _ = drawn(TINY)
+    expected = golden.compute(dataclasses.replace(TINY, **change), params, batch)
+    with CATALOGUE[name].applied():
+        found = golden.compute(TINY, params, batch)
+    assert differences(found, expected) == {}
+
+
+# Every fault shows, where it should.
+
+
+SECTIONS = {
+    "loss": ("loss",),
+    "gradients": ("gradients/",),
+    "optimiser": ("adam/", "adamw/", "clipped/"),
+    "decoding": ("decode/", "schedule/"),
+}
+
+
+@pytest.mark.parametrize("name", [name for name in CATALOGUE if name not in WITHOUT_ARRAYS])
+def test_a_fault_changes_golden_vectors_and_first_those_of_its_stage(name, first_in_tiny):
+    fault = CATALOGUE[name]
+    first, _ = first_in_tiny[name]
+    if name in OTHER_MODELS:
+        model = dataclasses.replace(TINY, **OTHER_MODELS[name])
+        first, _ = first_difference(fault, model, *drawn(model))
+    stage = next(stage for stage, entries in STAGES.items() if fault in entries)
+    assert first.startswith(SECTIONS.get(stage, ("activations/",)))
+
+
+@every_fault
+def test_a_fault_keeps_float32(name):
+    params, batch, _ = drawn(TINY)
+    params = trees.map_leaves(lambda leaf: leaf.astype(np.float32), params)
+    with CATALOGUE[name].applied():
+        logits, _ = TINY.forward(params, batch["tokens"])
+        value, grads = marref.loss_and_grads(TINY, params, **batch)
+        stepped, _ = marref.optim.step(
+            params, grads, marref.optim.init(params), 0.01, weight_decay=0.1
+        )
+        clipped, _ = marref.optim.clip_by_global_norm(grads, 0.1)
+    leaves = [leaf for tree in (grads, stepped, clipped) for leaf in trees.flatten(tree).values()]
+    assert {array.dtype for array in (logits, value, *leaves)} == {np.dtype(np.float32)}
+
+
+def test_the_tiny_golden_vectors_show_all_but_the_named_exceptions(first_in_tiny):
+    hidden = {name for name, (first, _) in first_in_tiny.items() if not first}
+    assert hidden == {*OTHER_MODELS, *WITHOUT_ARRAYS}
+
+
+def test_ties_show_how_a_decoder_breaks_them():
+    def masks():
+        _, steps = marref.iterative_decode(
+            *with_logits([0.0, 2.0, 1.0]), num_steps=4, schedule="linear", return_steps=True
+        )
+        return steps["mask"][:, 0].astype(int).tolist()
+
+    assert masks() == [[0, 1, 1, 1], [0, 0, 1, 1], [0, 0, 0, 1], [0, 0, 0, 0]]
+    with CATALOGUE["decode-ties-to-higher-position"].applied():
+        assert masks() == [[1, 1, 1, 0], [1, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    with CATALOGUE["decode-ties-together"].applied():
+        assert masks() == [[0, 0, 0, 0]] * 4
+
+
+def test_a_mirrored_mask_ratio_is_maskgit_s():
+    with CATALOGUE["mask-ratio-mirrored"].applied():
+        found = marref.sample_mask_ratio(np.random.default_rng(0), size=9)
+    expected = marref.sample_mask_ratio(np.random.default_rng(0), "cosine", size=9)
+    np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "counts"),
+    [
+        ("mask-count-rounded-up", {0: 1, 0.01: 1, 0.41: 5, 0.49: 5, 1: 10}),
+        ("mask-count-may-be-zero", {0: 0, 0.01: 0, 0.41: 4, 0.49: 5, 1: 10}),
+    ],
+)
+def test_masked_positions_are_counted_as_the_fault_says(name, counts):
+    tokens = np.ones((1, 10), int)
+    with CATALOGUE[name].applied():
+        for ratio, count in counts.items():
+            masked, mask = marref.mask_tokens(tokens, ratio, np.random.default_rng(0))
+            assert mask.sum() == (masked == 0).sum() == count
+
+
+def test_drawn_counts_scatter_around_the_ratio():
+    with CATALOGUE["mask-count-drawn"].applied():
+        _, mask = marref.mask_tokens(np.ones((2000, 10), int), 0.3, np.random.default_rng(0))
+    counts = mask.sum(axis=1)
+    assert counts.mean() == pytest.approx(3.0, abs=0.1)
+    assert counts.var() == pytest.approx(10 * 0.3 * 0.7, rel=0.1)
+
+
+def test_edifice_s_table_makes_logits_that_ignore_the_tokens():
+    params, batch, _ = drawn(TINY)
+    with CATALOGUE["embedding-fixed-ramp"].applied():
+        logits = TINY(params, batch["tokens"])
+    np.testing.assert_allclose(logits[1:], logits[:1].repeat(len(logits) - 1, 0), atol=1e-12)
+
+
+# The gradients of a faulty forward pass are the derivatives of that forward pass.
+
+SMALL = marref.build(
+    vocab_size=5, embed_dim=4, num_layers=1, num_heads=2, seq_len=3, layer_norm_epsilon=1e-3
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        fault.name
+        for stage, entries in STAGES.items()
+        if stage not in {"gradients", "optimiser", "decoding", "masking"}
+        for fault in entries
+    ],
+)
+def test_gradients_under_a_fault_are_the_derivatives_of_the_faulty_loss(name):
+    rng = np.random.default_rng(3)
+    params = strategies.random_params(SMALL, rng, std=0.7)
+    targets = rng.integers(SMALL.vocab_size, size=(2, 3))
+    mask = np.array([[1, 1, 0], [0, 1, 0]])
+    tokens = np.where(mask, 0, targets)
+
+    def loss_of(moved):
+        return marref.mar_loss(SMALL.forward(moved, tokens)[0], targets, mask)
+
+    with CATALOGUE[name].applied():
+        value, grads = marref.loss_and_grads(SMALL, params, tokens, targets, mask)
+        assert float(value) == pytest.approx(float(loss_of(params)), rel=1e-12)
+        errors = marref.check_gradients(
+            loss_of, params, grads, method="central", max_entries=3, rng=rng
+        )
+    # Guards that are no derivatives: the maximum in the softmax counts as a constant.
+    bound = 1e-4 if name == "attention-softmax-sum-plus-1e-5" else 1e-6
+    assert max(errors.values()) < bound, errors
+
+
+# Every fault is caught: marref's own witnesses, in fast.
+
+
+def logits_of_pytorch():
+    for name in NAMES:
+        file = read_golden(name)
+        model, params = golden_model(file)
+        for logits in (model(params, file["tokens"]), model.forward(params, file["tokens"])[0]):
+            assert_close({"logits": logits}, {"logits": file["logits"]})
+
+
+def gradients_of_pytorch():
+    for name in NAMES:
+        file = read_golden(name)
+        model, params = golden_model(file)
+        batch = [file[key] for key in ("tokens", "targets", "mask")]
+        value, grads = marref.loss_and_grads(model, params, *batch)
+        assert_close({"loss": value}, {"loss": file["loss"]})
+        assert_gradients_close(trees.flatten(grads), leaves_of(file, "gradients"))
+
+
+def optimisers_of_pytorch():
+    file = read_golden(NAMES[0])
+    training = decoded(file["training"])
+    for kind in ("adam", "adamw", "clipped"):
+        model, params = golden_model(file)
+        batch = [file[key] for key in ("tokens", "targets", "mask")]
+        state = marref.optim.init(params)
+        for _ in range(training["steps"]):
+            _, grads = marref.loss_and_grads(model, params, *batch)
+            grads = hold_key_biases(grads)
+            if kind == "clipped":
+                grads, _ = marref.optim.clip_by_global_norm(grads, training["max_norm"])
+            weight_decay = training["weight_decay"] if kind == "adamw" else 0.0
+            params, state = marref.optim.step(
+                params, grads, state, training["learning_rate"], weight_decay=weight_decay
+            )
+        assert_close(trees.flatten(params), leaves_of(file, kind))
+
+
+def layer_norm_of_small_numbers():
+    """Against the oracle, where the variance is around epsilon."""
+    rng = np.random.default_rng(0)
+    params = {"scale": rng.normal(size=5), "bias": rng.normal(size=5)}
+    for size in (1e-4, 1e-3, 1e-2):
+        x = size * rng.normal(size=5)
+        y, _ = layer_norm.forward(params, x[np.newaxis], 1e-5)
+        expected = oracle.layer_norm(oracle.exact(params), oracle.exact(x), mpmath.mpf(1e-5))
+        assert_close({"y": y[0]}, {"y": np.array(expected, np.float64)})
+
+
+def own_gradient_check():
+    for row in self_check._check_loss(np.random.default_rng(0)):
+        assert row.passed, row
+    rng = np.random.default_rng(3)
+    params = strategies.random_params(SMALL, rng, std=0.7)
+    tokens, targets, mask = [[0, 0, 3]], [[1, 2, 3]], [[1, 1, 0]]
+    _, grads = marref.loss_and_grads(SMALL, params, tokens, targets, mask)
+    errors = marref.check_gradients(
+        lambda moved: marref.mar_loss(SMALL.forward(moved, tokens)[0], targets, mask),
+        params,
+        grads,
+        max_entries=20,
+        rng=rng,
+    )
+    assert max(errors.values()) <= self_check.BOUNDS["complex-step"], errors
+
+
+def reveal_counts_that_are_known():
+    cosine, linear = (marref.schedules.SCHEDULES[name] for name in ("cosine", "linear"))
+    assert cosine(256, 8).tolist() == [5, 15, 24, 31, 39, 45, 48, 49]
+    assert 256 - cosine(256, 12)[:8].sum() == 128
+    assert linear(10, 4).tolist() == [2, 3, 2, 3]
+
+
+def decoding_of_the_oracle():
+    rng = np.random.default_rng(1)
+    model = marref.build(5, embed_dim=6, num_layers=1, num_heads=2, seq_len=6, dropout=0.0)
+    params = strategies.random_params(model, rng, std=1.0)
+    equal = with_logits([0.0, 2.0, 1.0], seq_len=4)
+    cases = [
+        (model, params, [0, 0, 3, 0, 0, 0], {"temperature": 0.5, "schedule": "linear"}),
+        (model, params, [0] * 6, {"temperature": 2.0, "schedule": "cosine"}),
+        (
+            *with_logits([5.0, 1.0, 0.0], seq_len=3),
+            [0] * 3,
+            {"temperature": 1.0, "schedule": "linear"},
+        ),
+        (*equal, [0] * 4, {"temperature": 1.0, "schedule": "cosine"}),
+    ]
+    for network, leaves, start, options in cases:
+        _, steps = marref.iterative_decode(
+            network, leaves, tokens=[start], num_steps=4, return_steps=True, **options
+        )
+
+        def logits_of(tokens, network=network, leaves=leaves):
+            return oracle.exact(network(leaves, np.array([tokens]))[0])
+
+        expected = oracle.decode(logits_of, start, num_steps=4, **options)
+        assert len(expected) == len(steps["mask"])
+        for step, (tokens, mask, confidence) in enumerate(expected):
+            assert steps["tokens"][step, 0].tolist() == tokens
+            assert steps["mask"][step, 0].tolist() == mask
+            assert_close(
+                {"confidence": steps["confidence"][step, 0]},
+                {"confidence": np.array(confidence, np.float64)},
+            )
+
+
+def masking_of_the_specification():
+    uniform = np.random.default_rng(0).random(20_000)
+    ratios = marref.sample_mask_ratio(np.random.default_rng(0), size=20_000)
+    np.testing.assert_allclose(ratios, 1 - np.cos(np.pi * uniform / 2), atol=1e-12)
+    assert ratios.mean() == pytest.approx(1 - 2 / np.pi, abs=0.01)
+    for ratio, count in {0.0: 1, 0.01: 1, 0.41: 4, 0.49: 5, 1.0: 10}.items():
+        _, mask = marref.mask_tokens(np.ones((3, 10), int), ratio, np.random.default_rng(0))
+        assert mask.sum(axis=1).tolist() == [count] * 3
+
+
+WITNESSES = (
+    logits_of_pytorch,
+    layer_norm_of_small_numbers,
+    gradients_of_pytorch,
+    reveal_counts_that_are_known,
+    decoding_of_the_oracle,
+    masking_of_the_specification,
+    optimisers_of_pytorch,
+    own_gradient_check,
+)
+
+
+@pytest.mark.parametrize("witness", WITNESSES, ids=lambda witness: witness.__name__)
+def test_no_witness_accuses_marref(witness):
+    witness()
+
+
+@every_fault
+def test_a_fault_is_caught_by_a_witness(name):
+    def accuses(witness):
+        try:
+            witness()
+        except AssertionError:
+            return True
+        return False
+
+    with CATALOGUE[name].applied(), np.errstate(all="ignore"):
+        assert any(accuses(witness) for witness in WITNESSES)
+
+
+@pytest.mark.parametrize("name", [fault.name for fault in STAGES["gradients"]])
+def test_a_fault_of_the_backward_fails_the_gradient_check(name):
+    with CATALOGUE[name].applied(), pytest.raises(AssertionError):
+        own_gradient_check()
+
+
+# The page.
+
+
+def test_the_page_of_classic_mistakes_is_that_of_the_catalogue(first_in_tiny):
+    assert MISTAKES.read_text("utf-8") == page(first_in_tiny)
