@@ -1,7 +1,8 @@
-"""The command line: ``marref demo`` and ``marref check``."""
+"""The command line: ``marref demo``, ``check``, ``golden`` and ``compare``."""
 
 import argparse
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -10,7 +11,10 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; return the exit status: 0 success, 1 a check failed, 2 bad arguments."""
+    """Run a command; return the exit status.
+
+    0: success; 1: a check failed, or a comparison differs; 2: it could not be done.
+    """
     parser = argparse.ArgumentParser(
         prog="marref", description="The NumPy reference implementation of MAR."
     )
@@ -37,11 +41,47 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("--seed", type=_not_negative, default=0, help="default: 0")
     check.set_defaults(run=_check)
 
+    golden = commands.add_parser(
+        "golden",
+        help="write golden vectors for another implementation",
+        description="Write everything that it takes to check an implementation to one file.",
+    )
+    golden.add_argument(
+        "out", help="file to write: .safetensors or .npz; with --where: tiny, which ships"
+    )
+    golden.add_argument("--where", action="store_true", help="print where the shipped file is")
+    golden.add_argument("--preset", choices=("tiny", "small"), default="tiny")
+    golden.add_argument(
+        "--config", help='hyper-parameters to change, as JSON: \'{"gelu": "tanh"}\''
+    )
+    golden.add_argument("--seed", type=_not_negative, default=0, help="default: 0")
+    golden.add_argument("--dtype", choices=("float64", "float32"), default="float64")
+    golden.set_defaults(run=_golden)
+
+    compare = commands.add_parser(
+        "compare",
+        help="find where an implementation first differs from golden vectors",
+        description="Compare arrays with golden vectors, within derived budgets of rounding.",
+    )
+    compare.add_argument("golden", help="golden vectors: a file, or tiny, which ships")
+    compare.add_argument("yours", help=".npz or .safetensors file, or a folder of .npy files")
+    compare.add_argument(
+        "--dtype",
+        choices=("float64", "float32", "float16", "bfloat16"),
+        help="your precision, if your arrays do not say it",
+    )
+    compare.add_argument("--names", help="torch, flax, axon, or a JSON file: your name -> ours")
+    compare.add_argument(
+        "--diagnose", action="store_true", help="name the known mistakes that explain it"
+    )
+    compare.add_argument("--json", action="store_true", help="for machines")
+    compare.set_defaults(run=_compare)
+
     words = sys.argv[1:] if arguments is None else list(arguments)
     parsed = parser.parse_args(words, argparse.Namespace(words=words))
     try:
         status: int = parsed.run(parsed)
-    except OSError as error:
+    except (OSError, ValueError, TypeError, ImportError) as error:
         print(f"marref: {error}", file=sys.stderr)
         return 2
     return status
@@ -80,6 +120,40 @@ def _rerun(words: Sequence[str]) -> int:
     # -P: a marref or a csv.py in the current folder is not meant.
     command = [sys.executable, "-P", "-m", "marref", *words]
     return subprocess.run(command, env={**settings, **os.environ}, check=False).returncode
+
+
+def _golden(arguments: argparse.Namespace) -> int:
+    from marref import files
+    from marref.verify import golden
+
+    if arguments.where:
+        print(golden.shipped(arguments.out))
+        return 0
+    changes = json.loads(arguments.config or "{}")
+    model = dataclasses.replace(golden.PRESETS[arguments.preset], **changes)
+    arrays, metadata = golden.make(model, arguments.seed, arguments.dtype)
+    files.save(arguments.out, arrays, metadata)
+    print(f"{arguments.out}: {len(arrays)} arrays of {arguments.dtype}")
+    return 0
+
+
+def _compare(arguments: argparse.Namespace) -> int:
+    from marref import files
+    from marref.verify import compare, diagnosis, golden
+
+    path = golden.shipped("tiny") if arguments.golden == "tiny" else arguments.golden
+    golden_vectors = compare.Golden(*files.load(path))
+    arrays, metadata = files.load(arguments.yours)
+    if arguments.names:
+        arrays = compare.renamed(arrays, arguments.names)
+    precision = arguments.dtype or metadata.get("precision")
+    report: compare.Comparison | diagnosis.Diagnosis
+    if arguments.diagnose:
+        report = diagnosis.diagnose(golden_vectors, arrays, precision)
+    else:
+        report = compare.compare(golden_vectors, arrays, precision)
+    print(report.as_json() if arguments.json else report.as_table(sys.stdout.isatty()))
+    return 0 if report.agrees else 1
 
 
 def _check(arguments: argparse.Namespace) -> int:

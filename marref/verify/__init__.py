@@ -1,5 +1,23 @@
-"""Proofs that an implementation is right: its gradients, for a start."""
+"""Proofs that an implementation is right.
 
+`check_gradients` and `check_layer` hold gradients to numerical derivatives.  `golden.make` writes
+golden vectors; `compare`, `crosscheck` and `diagnose` hold another implementation to them.
+"""
+
+from marref.verify import golden
+from marref.verify.compare import Comparison, Golden, Row, crosscheck
+from marref.verify.diagnosis import Diagnosis, Explanation, diagnose
 from marref.verify.gradients import check_gradients, check_layer
 
-__all__ = ["check_gradients", "check_layer"]
+__all__ = [
+    "Comparison",
+    "Diagnosis",
+    "Explanation",
+    "Golden",
+    "Row",
+    "check_gradients",
+    "check_layer",
+    "crosscheck",
+    "diagnose",
+    "golden",
+]

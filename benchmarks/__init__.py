@@ -1,0 +1,1 @@
+"""Measurements: what marref costs, and how close others come to it."""

@@ -1,0 +1,417 @@
+"""Comparison: where an implementation's numbers first leave golden vectors by more than rounding.
+
+How much rounding is allowed is derived, not picked.  marref itself is run again in the precision
+of the implementation, on the golden inputs, several times: once as they are, and with every
+parameter moved by one unit in its last place.  The largest error that it makes, times `MULTIPLE`,
+is the budget of an array.
+
+Errors are measured relative to the largest entry of an array.  In a forward pass they grow from
+one activation to the next, and where a small array happens to have been computed with a small
+error, that is luck: the relative error of an activation is taken to be at least that of those
+before it, and that of a gradient or a parameter after a step at least the median of its section.
+"""
+
+import dataclasses
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from marref import checks, trees
+from marref.model import MAR
+from marref.trees import Array, Tree
+from marref.verify import golden
+from marref.verify.rounding import EPSILON, PRECISIONS, in_precision
+
+MULTIPLE = 8.0
+"""Budget over error.  See docs/cross-checking.md for its derivation and measurement."""
+
+_NUM_RUNS = 5
+_PARAMETER_SECTION = re.compile(r"(params|gradients|(adam|adamw|clipped)/\d+)/")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One compared array.
+
+    Parameters
+    ----------
+    name : str
+    shape : tuple of int
+    difference : float
+        The largest |yours - golden|; infinite where yours is not finite.
+    relative : float
+        ``difference`` over the largest |golden|.
+    budget : float
+        What ``difference`` may be; infinite where this precision decides nothing.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    difference: float
+    relative: float
+    budget: float
+
+    @property
+    def verdict(self) -> str:
+        """``"equal"``, ``"rounding"`` or ``"DIFFERS"``."""
+        if self.difference == 0:
+            return "equal"
+        return "rounding" if self.difference <= self.budget else "DIFFERS"
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """The rows of a comparison, in the order of computation.
+
+    Parameters
+    ----------
+    rows : tuple of Row
+    precision : str
+        For which the budgets hold.
+    """
+
+    rows: tuple[Row, ...]
+    precision: str
+
+    @property
+    def differing(self) -> list[Row]:
+        """The rows that differ by more than rounding."""
+        return [row for row in self.rows if row.verdict == "DIFFERS"]
+
+    @property
+    def first(self) -> Row | None:
+        """The first of them, if any."""
+        return next(iter(self.differing), None)
+
+    def as_table(self, colour: bool = False) -> str:
+        """Write the rows as a table, and say in a last line what was found."""
+        width = max(len(row.name) for row in self.rows) + 2
+        lines = [
+            f"{'name':<{width}}{'shape':<12}{'max |Δ|':>9}{'rel. error':>12}{'budget':>9}  verdict"
+        ]
+        for row in self.rows:
+            shape = "x".join(map(str, row.shape)) or "scalar"
+            verdict = row.verdict + ("   <- first difference" if row is self.first else "")
+            if colour and row.verdict == "DIFFERS":
+                verdict = f"\x1b[31m{verdict}\x1b[0m"
+            lines.append(
+                f"{row.name:<{width}}{shape:<12}{row.difference:>9.1e}{row.relative:>12.1e}"
+                f"{row.budget:>9.1e}  {verdict}"
+            )
+        if self.first is None:
+            lines.append(
+                f"\nall {len(self.rows)} arrays agree within the rounding of {self.precision}"
+            )
+        else:
+            lines.append(
+                f"\n{len(self.differing)} of {len(self.rows)} arrays differ by more than the "
+                f"rounding of {self.precision}; the first is {self.first.name}"
+            )
+        return "\n".join(lines)
+
+    def as_json(self) -> str:
+        """Write the same for machines; infinities are null."""
+        return json.dumps(self.as_dict(), indent=1)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return what JSON can hold of it."""
+        rows = [
+            {
+                "name": row.name,
+                "shape": list(row.shape),
+                **{
+                    key: value if math.isfinite(value) else None
+                    for key, value in (
+                        ("difference", row.difference),
+                        ("relative", row.relative),
+                        ("budget", row.budget),
+                    )
+                },
+                "verdict": row.verdict,
+            }
+            for row in self.rows
+        ]
+        first = self.first.name if self.first else None
+        return {"precision": self.precision, "first": first, "rows": rows}
+
+    @property
+    def agrees(self) -> bool:
+        """Whether there is none."""
+        return self.first is None
+
+
+class Golden:
+    """Golden vectors, and what marref makes of their inputs in other precisions.
+
+    Parameters
+    ----------
+    arrays, metadata : dict
+        From `marref.verify.golden.make`, or read from a file.
+
+    Raises
+    ------
+    ValueError
+        They are no golden vectors, or lack a part.
+    """
+
+    def __init__(self, arrays: Mapping[str, Array], metadata: Mapping[str, Any]) -> None:
+        config = metadata.get("config")
+        if not isinstance(config, dict):
+            raise ValueError("golden: the metadata hold no config")
+        try:
+            self.model = MAR(**config)
+        except TypeError as error:
+            raise ValueError(f"golden: config {config} ({error})") from error
+        self.arrays = dict(arrays)
+        self.metadata = dict(metadata)
+        self.params = trees.unflatten(
+            {
+                name.removeprefix("params/"): array.astype(np.float64)
+                for name, array in arrays.items()
+                if name.startswith("params/")
+            }
+        )
+        trees.check_like("golden params", self.params, self.model.parameter_shapes)
+        for name in ("tokens", "targets", "mask"):
+            if f"input/{name}" not in arrays:
+                raise ValueError(f"golden: input/{name} is missing")
+        self.batch = {name: arrays[f"input/{name}"] for name in ("tokens", "targets", "mask")}
+
+    def order(self, names: Mapping[str, Any]) -> list[str]:
+        """Sort the given names into the order of computation."""
+        return [name for name in self.arrays if name in names]
+
+    def check(self, arrays: Mapping[str, Array]) -> None:
+        """Raise unless every array has the name and shape of a golden one, and holds numbers."""
+        if not arrays:
+            raise ValueError("arrays: none, expected at least one of the golden arrays")
+        for name, array in arrays.items():
+            if name not in self.arrays:
+                raise ValueError(f"arrays: {checks.unknown_name(name, self.arrays)}")
+            checks.shape(f"arrays: {name}", np.asarray(array), self.arrays[name].shape)
+            if np.asarray(array).dtype.kind not in "fiub":
+                dtype = np.asarray(array).dtype
+                raise TypeError(f"arrays: {name} has dtype {dtype}, expected numbers")
+
+    def compute(self, names: Mapping[str, Any], params: Tree | None = None) -> dict[str, Array]:
+        """Run marref on the golden inputs, as far as the names ask for."""
+        arrays: dict[str, Array] = {}
+        stages = golden.stages(self.model, params or self.params, self.batch)
+        for prefix, stage in stages.items():
+            if any(name.startswith(prefix) for name in names):
+                arrays |= stage()
+        return arrays
+
+
+def compare(
+    golden_vectors: Golden, arrays: Mapping[str, Array], precision: str | None = None
+) -> Comparison:
+    """Compare an implementation's arrays with golden vectors.
+
+    Parameters
+    ----------
+    golden_vectors : Golden
+    arrays : dict of str to array
+        Any subset of the golden arrays, by their names.
+    precision : {"float64", "float32", "float16", "bfloat16"}, optional
+        In which they were computed; by default the widest floating-point dtype among them.
+
+    Returns
+    -------
+    Comparison
+
+    Raises
+    ------
+    ValueError
+        A name is unknown (the message names the nearest), an array has another shape, or there
+        is nothing to compare.
+    """
+    golden_vectors.check(arrays)
+    precision = precision or precision_of(arrays)
+    checks.choice("precision", precision, PRECISIONS)
+    allowed = budgets(golden_vectors, arrays, precision)
+    rows = tuple(
+        row_of(name, np.asarray(arrays[name]), golden_vectors.arrays[name], allowed[name])
+        for name in golden_vectors.order(arrays)
+    )
+    return Comparison(rows, precision)
+
+
+def row_of(name: str, yours: Array, expected: Array, budget: float) -> Row:
+    """Compare one array with what is expected."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        distance = np.abs(yours.astype(np.float64) - expected.astype(np.float64))
+    difference = float(np.where(np.isfinite(distance), distance, np.inf).max(initial=0.0))
+    largest = float(np.abs(expected.astype(np.float64)).max(initial=0.0))
+    relative = difference / largest if largest > 0 else math.inf if difference else 0.0
+    return Row(name, expected.shape, difference, relative, budget)
+
+
+def precision_of(arrays: Mapping[str, Array]) -> str:
+    """Name the widest floating-point dtype among arrays; float64 if there is none."""
+    found = {np.asarray(array).dtype.name for array in arrays.values()}
+    return next((name for name in PRECISIONS if name in found), "float64")
+
+
+def budgets(golden_vectors: Golden, names: Mapping[str, Any], precision: str) -> dict[str, float]:
+    """How far a correct implementation in a precision may be from golden vectors.
+
+    Parameters
+    ----------
+    golden_vectors : Golden
+    names : mapping
+        Its keys are the arrays asked for.
+    precision : {"float64", "float32", "float16", "bfloat16"}
+
+    Returns
+    -------
+    dict of str to float
+        Absolute: the largest |difference| allowed.  0 for what is given rather than computed, and
+        for integers; infinite where marref itself, in this precision, is not finite or comes to
+        other integers.
+    """
+    expected = golden_vectors.compute(names)
+    errors = dict.fromkeys(expected, 0.0)
+    rng = np.random.default_rng(0)
+    for run in range(_NUM_RUNS):
+        params = _shaken(golden_vectors.params, rng if run > 0 else None, precision)
+        found = _compute_in_precision(golden_vectors, names, params)
+        for name, array in expected.items():
+            error = row_of(name, found[name], array, 0.0).difference if name in found else math.inf
+            errors[name] = max(errors[name], error)
+    return {
+        **dict.fromkeys(names, 0.0),
+        **_smoothed(expected, errors, precision),
+    }
+
+
+def _shaken(params: Tree, rng: np.random.Generator | None, precision: str) -> Tree:
+    """Move every parameter by one unit in its last place, up or down; not without an rng."""
+
+    def move(leaf: Array) -> Array:
+        if rng is not None:
+            leaf = leaf * (1.0 + EPSILON[precision] * rng.choice([-1.0, 1.0], leaf.shape))
+        return in_precision(leaf, precision)
+
+    moved: Tree = trees.map_leaves(move, params)
+    return moved
+
+
+def _compute_in_precision(
+    golden_vectors: Golden, names: Mapping[str, Any], params: Tree
+) -> dict[str, Array]:
+    """Compute every stage that can be computed; an overflow may end one."""
+    arrays: dict[str, Array] = {}
+    stages = golden.stages(golden_vectors.model, params, golden_vectors.batch)
+    for prefix, stage in stages.items():
+        if any(name.startswith(prefix) for name in names):
+            with np.errstate(all="ignore"):
+                try:
+                    arrays |= stage()
+                except ValueError:
+                    continue
+    return arrays
+
+
+def _smoothed(
+    expected: dict[str, Array], errors: dict[str, float], precision: str
+) -> dict[str, float]:
+    """Turn errors into budgets, with luck taken out as said at the head of this module."""
+    largest = {name: float(np.abs(array).max(initial=0.0)) for name, array in expected.items()}
+    section_largest: dict[str, float] = {}
+    for name, size in largest.items():
+        section = name.split("/")[0]
+        section_largest[section] = max(section_largest.get(section, 0.0), size)
+    for name, size in largest.items():
+        # The key bias's gradient is rounding, whose size says nothing: as if of the others' size.
+        if size < 1e-12 * section_largest[name.split("/")[0]]:
+            largest[name] = section_largest[name.split("/")[0]]
+    relative = {
+        name: max(errors[name] / largest[name], EPSILON[precision])
+        for name, array in expected.items()
+        if array.dtype.kind == "f" and largest[name] > 0
+    }
+    sections: dict[str, list[float]] = {}
+    for name, error in relative.items():
+        sections.setdefault(name.split("/")[0], []).append(error)
+    allowed: dict[str, float] = {}
+    running = 0.0
+    for name, array in expected.items():
+        if array.dtype.kind != "f":
+            allowed[name] = math.inf if errors[name] > 0 else 0.0
+            continue
+        if name not in relative:
+            allowed[name] = MULTIPLE * errors[name]
+            continue
+        floor = float(np.median(sections[name.split("/")[0]]))
+        if name.startswith("activations/"):
+            running = floor = max(running, relative[name])
+        floor = max(floor, running) if name == "loss" else floor
+        allowed[name] = MULTIPLE * max(errors[name], floor * largest[name])
+    return allowed
+
+
+def renamed(arrays: Mapping[str, Array], names: str) -> dict[str, Array]:
+    """Translate an implementation's names and layouts into marref's.
+
+    Parameters
+    ----------
+    arrays : dict of str to array
+        Parameter-like sections (``params/``, ``gradients/``, ``adam/1/``, …) hold the
+        framework's own names after the prefix; other names are left as they are.
+    names : str
+        ``"torch"``, ``"flax"``, ``"axon"`` (see `marref.interop`), or a JSON file that maps your
+        names to golden names.
+
+    Returns
+    -------
+    dict of str to array
+    """
+    from marref import interop
+
+    frameworks = {"torch": interop.torch, "flax": interop.flax, "axon": interop.axon}
+    if names not in frameworks:
+        table = json.loads(Path(names).read_text("utf-8"))
+        return {table.get(name, name): array for name, array in arrays.items()}
+    sections: dict[str, dict[str, Array]] = {}
+    translated: dict[str, Array] = {}
+    for name, array in arrays.items():
+        prefix = _PARAMETER_SECTION.match(name)
+        if prefix:
+            sections.setdefault(prefix[0], {})[name[prefix.end() :]] = array
+        else:
+            translated[name] = array
+    for section, named in sections.items():
+        for name, array in frameworks[names].to_names(named).items():
+            translated[section + name] = array
+    return translated
+
+
+def crosscheck(
+    forward: Callable[[Tree, Array], Any], golden_vectors: Golden, precision: str | None = None
+) -> Comparison:
+    """Call an implementation with golden inputs and compare what it returns.
+
+    Parameters
+    ----------
+    forward : callable
+        ``(params, tokens)`` to the logits, or to a dict of arrays by their golden names.
+    golden_vectors : Golden
+    precision : str, optional
+        See `compare`.  The parameters are handed over in this precision's dtype: float64 for
+        ``"float64"`` and ``None``, float32 for the others.
+
+    Returns
+    -------
+    Comparison
+    """
+    dtype = np.float64 if precision in (None, "float64") else np.float32
+    params = trees.map_leaves(lambda leaf: leaf.astype(dtype), golden_vectors.params)
+    result = forward(params, golden_vectors.batch["tokens"].copy())
+    arrays = result if isinstance(result, dict) else {"activations/logits": np.asarray(result)}
+    return compare(golden_vectors, arrays, precision)
