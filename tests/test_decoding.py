@@ -1,3 +1,5 @@
+import inspect
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -260,11 +262,13 @@ class OneNudge(np.random.Generator):
         return noise
 
 
+@pytest.mark.parametrize("num_steps", [4, 9])
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_gumbel_noise_in_step_k_of_K_is_scaled_by_1_minus_k_over_K(step):
+def test_gumbel_noise_in_step_k_of_K_is_scaled_by_1_minus_k_over_K(step, num_steps):
+    # There are four tokens, so K is 4 even if more steps are asked for.
     model = marref.build(vocab_size=5, embed_dim=4, num_layers=1, num_heads=1, seq_len=4)
     params = strategies.random_params(model, np.random.default_rng(2))
-    options = {"num_steps": 4, "schedule": "linear", "return_steps": True}
+    options = {"num_steps": num_steps, "schedule": "linear", "return_steps": True}
     _, quiet = marref.iterative_decode(model, params, **options)
     last = int(np.flatnonzero(quiet["mask"][2, 0])[0])
     confidence = np.log(quiet["confidence"][step - 1, 0])
@@ -312,3 +316,27 @@ def test_the_head_runs_at_the_masked_positions_only(monkeypatch):
         model, params, tokens=[[0, 1, 0, 0, 1, 1]], num_steps=3, schedule="linear"
     )
     assert rows == [(3, 2), (2, 2), (1, 2)]
+
+
+def test_a_sequence_that_is_complete_is_not_computed_again(monkeypatch):
+    model, params = with_logits([0.0, 1.0, 2.0], seq_len=3)
+    batches = []
+    original = decoding.encode
+
+    def counting(model, params, tokens):
+        batches.append(len(tokens))
+        return original(model, params, tokens)
+
+    monkeypatch.setattr(decoding, "encode", counting)
+    marref.iterative_decode(model, params, tokens=[[0, 0, 0], [1, 0, 1], [1, 1, 1]], num_steps=3)
+    assert batches == [2, 1, 1]
+
+
+def test_defaults_are_those_of_the_specification():
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(marref.iterative_decode).parameters.items()
+    }
+    expected = {"num_steps": 8, "mask_token_id": 0, "temperature": 1.0, "schedule": "cosine"}
+    assert expected.items() <= defaults.items()
+    assert (defaults["order"], defaults["rng"]) == ("confidence", None)

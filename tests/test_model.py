@@ -202,3 +202,37 @@ def test_sinusoidal_tables_have_the_documented_entries():
     assert interleaved[p, 2 * i] == pytest.approx(np.sin(p * 10000 ** (-2 * i / 8)), rel=1e-14)
     assert interleaved[p, 2 * i + 1] == pytest.approx(np.cos(p * 10000 ** (-2 * i / 8)), rel=1e-14)
     np.testing.assert_allclose(marref.sinusoidal_table(2, 2)[1], [np.sin(1), np.cos(1)])
+
+
+def test_the_sinusoidal_table_is_shared_and_cannot_be_written_to():
+    table = marref.sinusoidal_table(5, 8)
+    assert marref.sinusoidal_table(5, 8) is table
+    with pytest.raises(ValueError, match="read-only"):
+        table[0, 0] = 1.0
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_scores_beyond_the_range_of_exp_are_no_matter(dtype):
+    model = marref.build(vocab_size=5, embed_dim=4, num_layers=1, num_heads=1, seq_len=3)
+    params = strategies.random_params(model, np.random.default_rng(0), dtype)
+    params["blocks"][0]["attention"]["query"]["kernel"] *= 3000
+    _, cache = model.forward(params, [[1, 2, 3]])
+    weights = cache["blocks"][0]["attention"]["weights"]
+    assert np.isfinite(weights).all()
+    np.testing.assert_allclose(weights.sum(axis=-1), 1.0, rtol=1e-6)
+
+
+@given(case=strategies.cases())
+@settings(max_examples=20)
+def test_epsilon_reaches_every_norm(case):
+    """Against the definition, at the variance that the norm itself reports."""
+    model, params, tokens, *_ = case
+    _, cache = model.forward(params, tokens)
+    norms = [cache["final_norm"]]
+    for block in cache["blocks"]:
+        norms += [block["attention_norm"], block["feed_forward_norm"]]
+    for norm in norms:
+        # mean(x̂²) = σ²/(σ² + ε), so 1 - mean(x̂²) = ε/(σ² + ε) = ε · inverse_std².
+        lost = 1.0 - (norm["normalised"] ** 2).mean(axis=-1, keepdims=True)
+        expected = model.layer_norm_epsilon * norm["inverse_std"] ** 2
+        np.testing.assert_allclose(lost, expected, rtol=1e-6, atol=1e-14)
