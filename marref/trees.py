@@ -125,10 +125,10 @@ def map_leaves(function: Callable[..., Array], tree: Any, *others: Any) -> Any:
     ValueError
         The structures differ.
     """
-    if any(type(other) is not type(tree) for other in others) or (
-        isinstance(tree, dict | list) and any(len(other) != len(tree) for other in others)
-    ):
-        raise ValueError("others: expected trees of the structure of the first")
+    for other in others:
+        same_kind = all(isinstance(other, kind) == isinstance(tree, kind) for kind in (dict, list))
+        if not same_kind or (isinstance(tree, dict | list) and len(other) != len(tree)):
+            raise ValueError("others: expected trees of the structure of the first")
     if isinstance(tree, dict):
         if any(other.keys() != tree.keys() for other in others):
             raise ValueError(f"others: expected the keys {', '.join(tree)}")

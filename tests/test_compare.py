@@ -99,6 +99,14 @@ def test_arrays_that_cannot_be_compared(vectors, arrays, message):
     assert message in str(caught.value)
 
 
+def test_what_a_precision_cannot_decide_is_said_to_be_undecided(vectors):
+    # In float16 Adam's epsilon, 1e-8, is 0, and so is the root of a small second moment.
+    name = "adam/10/head.bias"
+    comparison = compare(vectors, {name: vectors.arrays[name] + 1}, "float16")
+    assert comparison.rows[0].verdict == "undecided"
+    assert "1 undecided" in comparison.as_table()
+
+
 @pytest.fixture
 def yours(vectors, tmp_path):
     """A function that writes arrays to a file and compares it from the command line."""

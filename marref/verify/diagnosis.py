@@ -20,6 +20,7 @@ from marref.verify import faults, golden
 from marref.verify.compare import Comparison, Golden, budgets, compare, row_of
 from marref.verify.faults import CATALOGUE, Fault
 
+_MOST_SHOWN = 3
 _SLACK = 8.0
 """A fault may make a model more sensitive to rounding than the budgets, which are without it."""
 
@@ -61,7 +62,7 @@ class Diagnosis:
     def as_table(self, colour: bool = False) -> str:
         """Write the comparison, and what explains it."""
         lines = [self.comparison.as_table(colour)]
-        for explanation in self.explanations:
+        for explanation in self.explanations[:_MOST_SHOWN]:
             names = " and ".join(fault.name for fault in explanation.faults)
             lines.append(
                 f"\nyour arrays are what marref computes with {names} "
