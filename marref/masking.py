@@ -137,7 +137,7 @@ def mask_tokens(
     mask_token_id = checks.integer("mask_token_id", mask_token_id, 0, int(highest_id))
 
     counts = np.maximum(1, np.rint(ratio * length))
-    # The rank of each position in a random order of its sequence.
-    ranks = rng.random((batch, length)).argsort(axis=1).argsort(axis=1)
-    mask = ranks < counts[..., np.newaxis]
+    # Each row a random order of the positions: those that it sends below the count.
+    order = rng.random((batch, length)).argsort(axis=1)
+    mask = order < counts[..., np.newaxis]
     return np.where(mask, tokens.dtype.type(mask_token_id), tokens), mask

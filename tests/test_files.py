@@ -106,3 +106,11 @@ def test_a_file_that_holds_no_model_is_rejected(tmp_path, metadata, message):
 def test_a_missing_file_is_a_missing_file(tmp_path):
     with pytest.raises(FileNotFoundError):
         marref.load_model(tmp_path / "nowhere.npz")
+
+
+def test_parameters_of_another_model_are_not_written(trained, tmp_path):
+    _, params = trained
+    other = marref.build(vocab_size=6, embed_dim=4, num_layers=2, num_heads=2, seq_len=3)
+    with pytest.raises(ValueError, match=r"params: embedding.table has shape \[5, 4\]"):
+        marref.save_model(tmp_path / "model.npz", other, params)
+    assert not list(tmp_path.iterdir())

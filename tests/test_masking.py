@@ -86,3 +86,9 @@ def test_the_mask_token_may_have_another_id():
     masked, mask = marref.mask_tokens([[1, 2, 3]], 1.0, np.random.default_rng(0), 9)
     assert masked.tolist() == [[9, 9, 9]]
     assert mask.all()
+
+
+@pytest.mark.parametrize(("length", "masked"), [(3, 2), (5, 2), (7, 4), (9, 4)])
+def test_halves_round_to_even(length, masked):
+    _, mask = marref.mask_tokens(np.ones((1, length), int), 0.5, np.random.default_rng(0))
+    assert mask.sum() == masked

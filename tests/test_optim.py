@@ -1,3 +1,5 @@
+import inspect
+
 import numpy as np
 import pytest
 
@@ -67,3 +69,9 @@ def test_the_norm_of_large_float32_gradients_does_not_overflow():
     assert clipped["w"][0] == pytest.approx(1.0)
     with pytest.raises(FloatingPointError, match="grads: their norm is nan"):
         optim.clip_by_global_norm({"w": np.array([np.nan])}, 1.0)
+
+
+def test_defaults_are_those_of_the_paper():
+    defaults = inspect.signature(optim.step).parameters
+    found = [defaults[name].default for name in ("beta1", "beta2", "epsilon", "weight_decay")]
+    assert found == [0.9, 0.999, 1e-8, 0.0]

@@ -95,3 +95,48 @@ def test_diverged_training_says_in_which_step(small):
     broken = trees.map_leaves(lambda leaf: leaf * np.float32("nan"), params)
     with pytest.raises(FloatingPointError, match="training diverged in step 1: logits: nan"):
         fit(model, broken, tokens)
+
+
+def test_training_is_what_its_options_say():
+    """Two steps, written out with the public functions and the same generator."""
+    model = marref.build(vocab_size=6, embed_dim=8, num_layers=1, num_heads=2, dropout=0.3)
+    params = model.init(np.random.default_rng(0), std=0.5)
+    tokens = np.random.default_rng(1).integers(5, size=(20, 6))
+    options = {
+        "batch_size": 4,
+        "learning_rate": 0.1,
+        "warmup_steps": 1,
+        "weight_decay": 0.2,
+        "max_norm": 0.05,
+        "mask_schedule": "cosine",
+        "mask_token_id": 5,
+    }
+    rng = np.random.default_rng(7)
+    trained, _ = training.train(model, params, tokens, num_steps=2, rng=rng, **options)
+
+    rng = np.random.default_rng(7)
+    state = marref.optim.init(params)
+    for rate in (0.05, 0.1):
+        targets = tokens[rng.integers(20, size=4)]
+        ratios = marref.sample_mask_ratio(rng, "cosine", size=4)
+        inputs, mask = marref.mask_tokens(targets, ratios, rng, 5)
+        _, grads = marref.loss_and_grads(model, params, inputs, targets, mask, rng)
+        grads, norm = marref.optim.clip_by_global_norm(grads, 0.05)
+        assert norm > 0.05
+        params, state = marref.optim.step(params, grads, state, rate, weight_decay=0.2)
+    expected = trees.flatten(params)
+    for name, leaf in trees.flatten(trained).items():
+        np.testing.assert_array_equal(leaf, expected[name])
+
+
+def test_bits_per_token_hide_tokens_behind_the_given_mask_token():
+    seen = []
+
+    def predict(tokens):
+        seen.append(tokens)
+        return np.zeros((*tokens.shape, 4))
+
+    tokens = np.ones((3, 5), int)
+    bits = training.bits_per_token(predict, tokens, 1.0, np.random.default_rng(0), mask_token_id=3)
+    assert bits == pytest.approx(2.0)
+    assert (seen[0] == 3).all()
