@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import marref
 from marref import trees
 from marref.verify import golden
-from marref.verify.compare import Golden, compare
+from marref.verify.comparison import Golden, compare
 from tests.torch_mar import TorchMAR
 
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}

@@ -139,19 +139,19 @@ def _golden(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from marref import files
-    from marref.verify import compare, diagnosis, golden
+    from marref.verify import comparison, diagnosis, golden
 
     path = golden.shipped("tiny") if arguments.golden == "tiny" else arguments.golden
-    golden_vectors = compare.Golden(*files.load(path))
+    golden_vectors = comparison.Golden(*files.load(path))
     arrays, metadata = files.load(arguments.yours)
     if arguments.names:
-        arrays = compare.renamed(arrays, arguments.names)
+        arrays = comparison.renamed(arrays, arguments.names)
     precision = arguments.dtype or metadata.get("precision")
-    report: compare.Comparison | diagnosis.Diagnosis
+    report: comparison.Comparison | diagnosis.Diagnosis
     if arguments.diagnose:
         report = diagnosis.diagnose(golden_vectors, arrays, precision)
     else:
-        report = compare.compare(golden_vectors, arrays, precision)
+        report = comparison.compare(golden_vectors, arrays, precision)
     print(report.as_json() if arguments.json else report.as_table(sys.stdout.isatty()))
     return 0 if report.agrees else 1
 

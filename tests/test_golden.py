@@ -6,7 +6,7 @@ import pytest
 import marref
 from marref import cli, files, trees
 from marref.verify import golden, rounding
-from marref.verify.compare import Golden
+from marref.verify.comparison import Golden
 
 TINY = golden.PRESETS["tiny"]
 

@@ -5,7 +5,7 @@ golden vectors; `compare`, `crosscheck` and `diagnose` hold another implementati
 """
 
 from marref.verify import golden
-from marref.verify.compare import Comparison, Golden, Row, crosscheck
+from marref.verify.comparison import Comparison, Golden, Row, compare, crosscheck
 from marref.verify.diagnosis import Diagnosis, Explanation, diagnose
 from marref.verify.gradients import check_gradients, check_layer
 
@@ -17,6 +17,7 @@ __all__ = [
     "Row",
     "check_gradients",
     "check_layer",
+    "compare",
     "crosscheck",
     "diagnose",
     "golden",

@@ -17,7 +17,7 @@ import numpy as np
 
 from marref.trees import Array
 from marref.verify import faults, golden
-from marref.verify.compare import Comparison, Golden, budgets, compare, row_of
+from marref.verify.comparison import Comparison, Golden, compare, row_of
 from marref.verify.faults import CATALOGUE, Fault
 
 _MOST_SHOWN = 3
@@ -103,7 +103,7 @@ def diagnose(
     golden_vectors : Golden
     arrays : dict of str to array
     precision : str, optional
-        See `marref.verify.compare.compare`.
+        See `marref.verify.comparison.compare`.
     pairs : bool
         Try two faults at a time where none explains the difference alone.
 
@@ -114,7 +114,7 @@ def diagnose(
     comparison = compare(golden_vectors, arrays, precision)
     if comparison.agrees:
         return Diagnosis(comparison, ())
-    allowed = budgets(golden_vectors, arrays, comparison.precision)
+    allowed = {row.name: row.budget for row in comparison.rows}
 
     def examine(*candidate: Fault) -> _Result:
         return _examine(candidate, golden_vectors, arrays, allowed)
@@ -173,7 +173,8 @@ def _examine(
                 continue
             try:
                 computed = stage()
-            except (ValueError, FloatingPointError):
+            except (ValueError, FloatingPointError, KeyError):
+                # Not finite; or, of two faults, one leaves out what the other looks for.
                 return _Result(candidate, reach, True, math.inf)
             for name, array in computed.items():
                 if name not in arrays or not math.isfinite(allowed[name]):
@@ -181,7 +182,10 @@ def _examine(
                 if array.shape != arrays[name].shape:
                     return _Result(candidate, reach, True, math.inf)
                 budget = max(allowed[name], np.finfo(np.float64).tiny)
-                worst = max(worst, row_of(name, arrays[name], array, 0.0).difference / budget)
+                both_nan = np.isnan(arrays[name]) & np.isnan(array)
+                yours = np.where(both_nan, 0.0, arrays[name])
+                array = np.where(both_nan, 0.0, array)
+                worst = max(worst, row_of(name, yours, array, 0.0).difference / budget)
                 if worst > _SLACK:
                     expected = golden_vectors.arrays[name]
                     change = row_of(name, array, expected, 0.0).difference

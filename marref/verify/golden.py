@@ -152,11 +152,16 @@ def stages(
     dict of str to callable
         By the prefix of the names that the stage computes, in the order of computation.
     """
+
+    @functools.cache
+    def gradients() -> tuple[np.inexact, Tree, dict[str, Array]]:
+        return _gradients(model, params, batch)
+
     return {
         "activations/": lambda: _forward(model, params, batch),
-        "loss": lambda: {"loss": np.asarray(_gradients(model, params, batch)[0])},
-        "gradients/": lambda: _named("gradients", _gradients(model, params, batch)[1]),
-        "activation_gradients/": lambda: _gradients(model, params, batch)[2],
+        "loss": lambda: {"loss": np.asarray(gradients()[0])},
+        "gradients/": lambda: _named("gradients", gradients()[1]),
+        "activation_gradients/": lambda: gradients()[2],
         **{
             f"{name}/": functools.partial(_optimise, model, params, batch, name, options)
             for name, options in OPTIMISERS.items()

@@ -11,7 +11,7 @@ import pytest
 import marref
 from marref import cli, files
 from marref.verify import golden
-from marref.verify.compare import Golden, compare, crosscheck, renamed
+from marref.verify.comparison import Golden, compare, crosscheck, renamed
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,269 @@
+"""Diagnosis names the mistakes of a user who wrote MAR in PyTorch.
+
+The user's program is tests/faulty_torch.py; what it hands over is float32, by golden names.
+"""
+
+import numpy as np
+import pytest
+
+from marref import files, trees
+from marref.verify import golden
+from marref.verify.comparison import Golden, compare
+from marref.verify.diagnosis import diagnose
+from marref.verify.faults import CATALOGUE
+
+NORM = "activations/blocks.0.attention_norm"
+QUERY = "activations/blocks.0.attention.query"
+WEIGHTS = "activations/blocks.0.attention.weights"
+GELU = "activations/blocks.0.feed_forward.activation"
+SECOND_NORM = "activations/blocks.0.feed_forward_norm"
+GRADIENT = "gradients/embedding.table"
+
+# A mistake in PyTorch, by the name that diagnosis should find, and what differs first.
+FIRST_DIFFERENCE = {
+    "embedding-times-root-embed-dim": "activations/embedding",
+    "positions-interleaved": "activations/embedding",
+    "positions-from-one": "activations/embedding",
+    "positions-missing": "activations/embedding",
+    "layer-norm-epsilon-1e-6": NORM,
+    "layer-norm-epsilon-outside-root": NORM,
+    "layer-norm-unbiased-variance": NORM,
+    "final-norm-missing": "activations/final_norm",
+    "linear-square-kernels-transposed": QUERY,
+    "head-without-bias": "activations/logits",
+    "attention-unscaled": WEIGHTS,
+    "attention-scaled-by-embed-dim": WEIGHTS,
+    "attention-softmax-over-queries": WEIGHTS,
+    "attention-causal": WEIGHTS,
+    "attention-heads-innermost": QUERY,
+    "attention-query-and-key-swapped": WEIGHTS,
+    "gelu-tanh": GELU,
+    "gelu-relu": GELU,
+    "gelu-silu": GELU,
+    "residual-around-attention-missing": SECOND_NORM,
+    "residual-around-feed-forward-missing": "activations/blocks.0.output",
+    "loss-over-all-positions": "loss",
+    "loss-summed": "loss",
+    "loss-averaged-by-sequence": "loss",
+    "loss-base-2": "loss",
+    "loss-label-smoothing": "loss",
+    "layer-norm-gradient-without-correlation": GRADIENT,
+    "residual-gradient-dropped": GRADIENT,
+    "embedding-gradient-padding": GRADIENT,
+    "adam-without-bias-correction": "adam/1/embedding.table",
+    "adam-epsilon-1e-7": "adam/1/blocks.0.attention.query.kernel",
+    "adam-beta2-0.95": "adam/2/embedding.table",
+    "adam-decay-in-gradient": "adamw/1/embedding.table",
+    "clip-each-array": "clipped/1/embedding.table",
+}
+
+PAIRS = [
+    ("embedding-times-root-embed-dim", "positions-missing"),
+    ("positions-interleaved", "gelu-relu"),
+    ("positions-from-one", "loss-summed"),
+    ("layer-norm-epsilon-1e-6", "gelu-tanh"),
+    ("layer-norm-epsilon-1e-12", "attention-softmax-over-queries"),
+    ("layer-norm-epsilon-outside-root", "loss-label-smoothing"),
+    ("layer-norm-unbiased-variance", "gelu-silu"),
+    ("layer-norm-without-bias", "residual-around-attention-missing"),
+    ("linear-square-kernels-transposed", "loss-base-2"),
+    ("attention-unscaled", "attention-causal"),
+    ("attention-scaled-by-embed-dim", "head-without-bias"),
+    ("attention-heads-innermost", "loss-over-all-positions"),
+    ("attention-without-qkv-biases", "gelu-sigmoid"),
+    ("attention-query-and-key-swapped", "loss-averaged-by-sequence"),
+    ("gelu-tanh", "final-norm-missing"),
+    ("gelu-tanh", "embedding-gradient-padding"),
+    ("feed-forward-without-biases", "residual-gradient-dropped"),
+    ("residual-around-feed-forward-missing", "head-without-bias"),
+    # Two ways to get the same part wrong replace the same function of marref's, and the catalogue
+    # has no entry for both at once.
+    ("block-parallel", "residual-gradient-dropped"),
+    ("loss-over-all-positions", "loss-label-smoothing"),
+]
+NOT_FOUND = PAIRS[-2:]
+
+# What marref itself computes with a fault, by the section that shows it.
+MADE_BY_MARREF = {
+    "positions-cosine-first": "activations/",
+    "head-tied": "activations/",
+    "attention-heads-reshaped": "activations/",
+    "attention-softmax-plus-one": "activations/",
+    "block-post-norm": "activations/",
+    "dropout-left-on": "activations/",
+    "loss-targets-shifted": "loss",
+    "linear-gradient-kernel-not-transposed": "gradients/",
+    "linear-gradient-biases-averaged": "gradients/",
+    "gelu-gradient-without-density": "gradients/",
+    "attention-gradient-query-and-key-swapped": "gradients/",
+    "embedding-gradient-assigned": "gradients/",
+    "decode-confidence-unscaled": "decode/cold/",
+    "decode-temperature-multiplied": "decode/cold/",
+    "decode-cosine-linear": "schedule/",
+}
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    return Golden(*files.load(golden.shipped("tiny")))
+
+
+@pytest.fixture(scope="module")
+def run_torch(vectors):
+    """Run the user's program, and keep of it what belongs to the given optimisers."""
+    pytest.importorskip("torch")
+    import torch
+
+    from .faulty_torch import FaultyMAR
+
+    def run(*mistakes, precision="float32", optimisers=()):
+        leaves = trees.flatten(vectors.params)
+        dtype = getattr(torch, precision)
+        user = FaultyMAR(vectors.metadata["config"], leaves, mistakes, dtype)
+        return user.arrays(vectors.batch, optimisers)
+
+    return run
+
+
+def section_of(name):
+    return FIRST_DIFFERENCE[name].split("/")[0]
+
+
+def names_of(explanation):
+    return tuple(fault.name for fault in explanation.faults)
+
+
+# A user's program in PyTorch.
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16"])
+def test_a_correct_program_is_never_accused(vectors, run_torch, precision):
+    arrays = run_torch(precision=precision, optimisers=golden.OPTIMISERS)
+    assert len(arrays) > 350
+    diagnosis = diagnose(vectors, arrays, precision)
+    assert diagnosis.comparison.agrees, diagnosis.comparison.first
+    assert diagnosis.explanations == ()
+
+
+@pytest.mark.parametrize("name", FIRST_DIFFERENCE)
+def test_a_mistake_is_located_and_named(vectors, run_torch, name):
+    assert name in CATALOGUE
+    optimisers = {section_of(name)} & set(golden.OPTIMISERS)
+    diagnosis = diagnose(vectors, run_torch(name, optimisers=optimisers), pairs=False)
+    assert diagnosis.comparison.precision == "float32"
+    assert diagnosis.comparison.first.name == FIRST_DIFFERENCE[name]
+    assert [names_of(found) for found in diagnosis.explanations] == [(name,)]
+    assert diagnosis.explanations[0].ratio < 1
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
+def test_two_mistakes_are_named_together(vectors, run_torch, pair):
+    diagnosis = diagnose(vectors, run_torch(*pair))
+    assert not diagnosis.comparison.agrees
+    best = [set(names_of(found)) for found in diagnosis.explanations[:1]]
+    assert best == ([] if pair in NOT_FOUND else [set(pair)])
+
+
+def test_a_mistake_in_the_loss_and_one_in_the_gradients_are_named_together(vectors, run_torch):
+    pair = ("loss-over-batch-times-length", "attention-gradient-through-values-only")
+    diagnosis = diagnose(vectors, run_torch(*pair))
+    assert [set(names_of(found)) for found in diagnosis.explanations] == [set(pair)]
+
+
+# Diagnosis by itself.
+
+
+@pytest.mark.parametrize("name", MADE_BY_MARREF)
+def test_what_marref_computes_with_a_fault_is_explained_by_it(vectors, name):
+    with CATALOGUE[name].applied(), np.errstate(all="ignore"):
+        arrays = vectors.compute({MADE_BY_MARREF[name]: None})
+    diagnosis = diagnose(vectors, in_float32(arrays), "float32", pairs=False)
+    assert not diagnosis.comparison.agrees
+    assert [names_of(found) for found in diagnosis.explanations[:1]] == [(name,)]
+
+
+def test_a_fault_that_makes_nan_is_explained_by_it(vectors):
+    with CATALOGUE["adam-step-from-zero"].applied(), np.errstate(all="ignore"):
+        arrays = vectors.compute({"adam/": None})
+    diagnosis = diagnose(vectors, in_float32(arrays), pairs=False)
+    assert [names_of(found) for found in diagnosis.explanations] == [("adam-step-from-zero",)]
+
+
+def in_float32(arrays):
+    return {
+        name: array.astype(np.float32) if array.dtype.kind == "f" else array
+        for name, array in arrays.items()
+    }
+
+
+def test_what_nothing_explains_is_located_all_the_same(vectors):
+    arrays = in_float32(vectors.compute({"activations/": None}))
+    name = "activations/blocks.1.attention.context"
+    arrays[name] = np.roll(arrays[name], 1, axis=-1)
+    diagnosis = diagnose(vectors, arrays)
+    assert diagnosis.explanations == ()
+    assert diagnosis.comparison.first.name == name
+    assert len(diagnosis.comparison.differing) == 1
+
+
+def test_a_mistake_in_one_block_only_has_no_explanation_but_a_place(vectors):
+    right = vectors.compute({"activations/": None})
+    with CATALOGUE["gelu-relu"].applied():
+        wrong = vectors.compute({"activations/": None})
+    second = {name: wrong[name] if "blocks.1" in name else right[name] for name in right}
+    diagnosis = diagnose(vectors, in_float32(second), pairs=False)
+    assert diagnosis.explanations == ()
+    assert diagnosis.comparison.first.name.startswith("activations/blocks.1.")
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32])
+def test_arrays_that_agree_need_no_explanation(vectors, dtype):
+    arrays = {
+        name: array.astype(dtype) if array.dtype.kind == "f" else array
+        for name, array in vectors.arrays.items()
+    }
+    diagnosis = diagnose(vectors, arrays)
+    assert diagnosis.comparison.agrees
+    assert diagnosis.explanations == ()
+
+
+def test_the_comparison_is_that_of_compare(vectors):
+    arrays = {"activations/logits": 2 * vectors.arrays["activations/logits"]}
+    diagnosis = diagnose(vectors, arrays, "float32", pairs=False)
+    assert diagnosis.comparison == compare(vectors, arrays, "float32")
+
+
+def test_a_mistake_is_named_from_the_logits_alone(vectors):
+    with CATALOGUE["attention-causal"].applied():
+        logits = vectors.model(vectors.params, vectors.batch["tokens"])
+    diagnosis = diagnose(vectors, {"activations/logits": logits.astype(np.float32)}, pairs=False)
+    assert [names_of(found) for found in diagnosis.explanations] == [("attention-causal",)]
+
+
+def test_what_cannot_be_told_apart_is_all_named_best_first(vectors):
+    """Transposed scores give the same logits whichever way query and key were swapped."""
+    names = [
+        ("attention-query-and-key-swapped",),
+        ("attention-query-and-key-parameters-swapped",),
+    ]
+    with CATALOGUE[names[0][0]].applied():
+        logits = vectors.model(vectors.params, vectors.batch["tokens"])
+    diagnosis = diagnose(vectors, {"activations/logits": logits.astype(np.float32)}, pairs=False)
+    assert sorted(map(names_of, diagnosis.explanations)) == sorted(names)
+    ratios = [explanation.ratio for explanation in diagnosis.explanations]
+    assert ratios == sorted(ratios)
+
+
+def test_a_precision_accuses_nobody_of_what_it_cannot_show(vectors):
+    with CATALOGUE["attention-softmax-sum-plus-1e-8"].applied():
+        arrays = vectors.compute({"activations/": None})
+    wide = diagnose(vectors, arrays, pairs=False)
+    assert names_of(wide.explanations[0]) == ("attention-softmax-sum-plus-1e-8",)
+    assert diagnose(vectors, in_float32(arrays), pairs=False).comparison.agrees
+
+
+def test_faults_are_undone_after_a_diagnosis(vectors):
+    before = vectors.compute({"activations/": None})
+    diagnose(vectors, {"activations/logits": before["activations/logits"] + 1.0}, pairs=False)
+    after = vectors.compute({"activations/": None})
+    assert all((before[name] == after[name]).all() for name in before)
