@@ -65,6 +65,7 @@ BAD_CALLS = {
     "embed_dim: received 10, expected a multiple of num_heads = 4": lambda: marref.build(
         5, embed_dim=10, num_heads=4
     ),
+    "num_layers: received True, expected an integer": lambda: marref.build(5, num_layers=True),
     "num_layers: received 0": lambda: marref.build(5, num_layers=0),
     "num_heads: received -1": lambda: marref.build(5, num_heads=-1),
     "seq_len: received '8', expected an integer": lambda: marref.build(5, seq_len="8"),

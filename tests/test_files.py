@@ -114,3 +114,14 @@ def test_parameters_of_another_model_are_not_written(trained, tmp_path):
     with pytest.raises(ValueError, match=r"params: embedding.table has shape \[5, 4\]"):
         marref.save_model(tmp_path / "model.npz", other, params)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_not_unpickled_either(tmp_path):
+    np.save(tmp_path / "a.npy", np.array([print], object), allow_pickle=True)
+    with pytest.raises(ValueError, match="cannot be read as arrays"):
+        files.load(tmp_path)
+
+
+def test_arrays_of_objects_are_refused_by_name(tmp_path):
+    with pytest.raises(TypeError, match="arrays: bad has dtype object"):
+        files.save(tmp_path / "x.npz", {"bad": np.array([print], object)}, {})

@@ -92,3 +92,10 @@ def test_the_mask_token_may_have_another_id():
 def test_halves_round_to_even(length, masked):
     _, mask = marref.mask_tokens(np.ones((1, length), int), 0.5, np.random.default_rng(0))
     assert mask.sum() == masked
+
+
+def test_small_ratios_keep_their_digits():
+    # 1 - cos(πu/2) is (πu/2)²/2 for small u, and 0 in float64 if it is written so.
+    u = np.array([1e-9])
+    ratio = masking.SCHEDULES["one-minus-cosine"](u)
+    np.testing.assert_allclose(ratio, (np.pi / 2 * u) ** 2 / 2, rtol=1e-13)
