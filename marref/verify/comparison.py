@@ -11,6 +11,7 @@ error, that is luck: the relative error of an activation is taken to be at least
 before it, and that of a gradient or a parameter after a step at least the median of its section.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -202,13 +203,22 @@ class Golden:
                 dtype = np.asarray(array).dtype
                 raise TypeError(f"arrays: {name} has dtype {dtype}, expected numbers")
 
-    def compute(self, names: Mapping[str, Any], params: Tree | None = None) -> dict[str, Array]:
+    def stages(
+        self, names: Mapping[str, Any], params: Tree | None = None
+    ) -> list[Callable[[], dict[str, Array]]]:
+        """Return the stages of `golden.stages`, on the golden inputs, that the names ask for."""
+        stages = golden.stages(self.model, params or self.params, self.batch)
+        return [
+            stage
+            for prefix, stage in stages.items()
+            if any(name.startswith(prefix) for name in names)
+        ]
+
+    def compute(self, names: Mapping[str, Any]) -> dict[str, Array]:
         """Run marref on the golden inputs, as far as the names ask for."""
         arrays: dict[str, Array] = {}
-        stages = golden.stages(self.model, params or self.params, self.batch)
-        for prefix, stage in stages.items():
-            if any(name.startswith(prefix) for name in names):
-                arrays |= stage()
+        for stage in self.stages(names):
+            arrays |= stage()
         return arrays
 
 
@@ -316,14 +326,12 @@ def _compute_in_precision(
 ) -> dict[str, Array]:
     """Compute every stage that can be computed; an overflow may end one."""
     arrays: dict[str, Array] = {}
-    stages = golden.stages(golden_vectors.model, params, golden_vectors.batch)
-    for prefix, stage in stages.items():
-        if any(name.startswith(prefix) for name in names):
-            with np.errstate(all="ignore"):
-                try:
-                    arrays |= stage()
-                except ValueError:
-                    continue
+    for stage in golden_vectors.stages(names, params):
+        with (
+            np.errstate(all="ignore"),
+            contextlib.suppress(ValueError, FloatingPointError),
+        ):
+            arrays |= stage()
     return arrays
 
 

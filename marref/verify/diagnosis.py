@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 
 from marref.trees import Array
-from marref.verify import faults, golden
+from marref.verify import faults
 from marref.verify.comparison import Comparison, Golden, compare, row_of
 from marref.verify.faults import CATALOGUE, Fault
 
@@ -167,10 +167,7 @@ def _examine(
 ) -> _Result:
     worst, reach = 0.0, 0
     with faults.applied(*candidate), np.errstate(all="ignore"):
-        stages = golden.stages(golden_vectors.model, golden_vectors.params, golden_vectors.batch)
-        for prefix, stage in stages.items():
-            if not any(name.startswith(prefix) for name in arrays):
-                continue
+        for stage in golden_vectors.stages(arrays):
             try:
                 computed = stage()
             except (ValueError, FloatingPointError, KeyError):
