@@ -17,13 +17,15 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from marref import checks
+from marref import checks, parallel
 from marref.loss import log_softmax
-from marref.model import MAR, check_model, encode, head_forward
+from marref.model import MAR, check_model, encode_masked, head_forward
 from marref.schedules import SCHEDULES, Schedule
 from marref.trees import Array, Tree
 
 ORDERS = ("confidence", "random")
+
+_LOGITS_AT_ONCE = 2**22
 
 
 def iterative_decode(
@@ -43,6 +45,7 @@ def iterative_decode(
     choice_temperature: float = 0.0,
     exclude_mask_token: bool = True,
     return_steps: bool = False,
+    num_threads: int = 1,
 ) -> npt.NDArray[np.int64] | Any:
     """Generate sequences by revealing the most confident tokens first.
 
@@ -80,6 +83,9 @@ def iterative_decode(
         False computes softmax and arg max over all ids, as some implementations do.  [MASK] may
         then be emitted; its position counts as revealed.
     return_steps : bool
+    num_threads : int
+        How many threads share the work, see `marref.parallel.threads`: the sequences or, if there
+        are fewer than threads, the positions.  The result is the same up to rounding.
 
     Returns
     -------
@@ -107,6 +113,7 @@ def iterative_decode(
     if dtype.kind == "c":
         raise TypeError(f"params: dtype {dtype}, expected float32 or float64")
     checks.integer("num_steps", num_steps, 1)
+    checks.integer("num_threads", num_threads, 1)
     temperature = checks.real("temperature", temperature, "(0, inf)")
     choice_temperature = checks.real("choice_temperature", choice_temperature, "[0, inf)")
     checks.choice("order", order, ORDERS)
@@ -131,32 +138,48 @@ def iterative_decode(
         "mask": np.empty(trace_shape, np.bool_),
         "confidence": np.empty(trace_shape, dtype),
     }
-    for step in range(counts.shape[1]):
-        unfinished = masked.any(axis=1)
-        hidden = encode(model, params, tokens[unfinished])
-        logits, _ = head_forward(model, params, hidden[masked[unfinished]])
-        checks.finite("logits", logits)
-        if exclude_mask_token:
-            logits[:, mask_token_id] = -np.inf
-        predicted, log_confidence = _predict(logits, temperature, rng)
-        confidence[masked] = np.exp(log_confidence)
 
-        priority = np.full(tokens.shape, -np.inf)
-        priority[masked] = log_confidence
-        if rng is not None and order == "random":
-            priority[masked] = rng.random(len(predicted))
-        elif rng is not None and choice_temperature > 0:
-            annealed = choice_temperature * (1.0 - (step + 1) / np.maximum(num_rounds, 1))
-            priority += annealed[:, np.newaxis] * rng.gumbel(size=tokens.shape)
+    def predict(hidden: Array, uniforms: Array | None) -> tuple[Array, Array]:
+        """Predict a token at each of the positions, a few at a time: logits are large."""
 
-        # Stable, so that of equal priorities the lower position comes first.
-        rank = np.argsort(np.argsort(-priority, axis=1, kind="stable"), axis=1)
-        reveal = masked & (rank < counts[:, step, np.newaxis])
-        tokens[reveal] = predicted[reveal[masked]]
-        masked &= ~reveal
-        steps["tokens"][step] = tokens
-        steps["mask"][step] = masked
-        steps["confidence"][step] = confidence
+        def share(part: slice) -> tuple[Array, Array]:
+            logits, _ = head_forward(model, params, hidden[part])
+            checks.finite("logits", logits)
+            if exclude_mask_token:
+                logits[:, mask_token_id] = -np.inf
+            return _predict(logits, temperature, None if uniforms is None else uniforms[part])
+
+        num_parts = max(num_threads, len(hidden) * model.vocab_size // _LOGITS_AT_ONCE)
+        parts = run(share, parallel.split(len(hidden), num_parts))
+        predicted, log_confidence = map(np.concatenate, zip(*parts, strict=True))
+        return predicted, log_confidence
+
+    with parallel.threads(num_threads) as run:
+        for step in range(counts.shape[1]):
+            unfinished = masked.any(axis=1)
+            hidden = encode_masked(
+                model, params, tokens[unfinished], masked[unfinished], run, num_threads
+            )
+            uniforms = None if rng is None else rng.random(len(hidden))
+            predicted, log_confidence = predict(hidden, uniforms)
+            confidence[masked] = np.exp(log_confidence)
+
+            priority = np.full(tokens.shape, -np.inf)
+            priority[masked] = log_confidence
+            if rng is not None and order == "random":
+                priority[masked] = rng.random(len(predicted))
+            elif rng is not None and choice_temperature > 0:
+                annealed = choice_temperature * (1.0 - (step + 1) / np.maximum(num_rounds, 1))
+                priority += annealed[:, np.newaxis] * rng.gumbel(size=tokens.shape)
+
+            # Stable, so that of equal priorities the lower position comes first.
+            rank = np.argsort(np.argsort(-priority, axis=1, kind="stable"), axis=1)
+            reveal = masked & (rank < counts[:, step, np.newaxis])
+            tokens[reveal] = predicted[reveal[masked]]
+            masked &= ~reveal
+            steps["tokens"][step] = tokens
+            steps["mask"][step] = masked
+            steps["confidence"][step] = confidence
     return (tokens, steps) if return_steps else tokens
 
 
@@ -212,19 +235,24 @@ def _reveal_counts(
 
 
 def _predict(
-    logits: Array, temperature: float, rng: np.random.Generator | None
+    logits: Array, temperature: float, uniforms: Array | None
 ) -> tuple[npt.NDArray[np.intp], Array]:
     """Predict a token from each row of logits, with the logarithm of its confidence.
 
-    Ordered by log-confidence, sure tokens stay apart that a float32 probability rounds to 1.
+    The token is the arg max or, given a number u uniform in [0, 1) for each row, the first id
+    whose cumulative probability is above u.  Ordered by log-confidence, sure tokens stay apart
+    that a float32 probability rounds to 1.
     """
     every_row = np.arange(len(logits))
     predicted = logits.argmax(axis=1)
-    # In float64: a temperature that float32 takes for 0 or infinity would give 0/0.
-    below = (logits - logits[every_row, predicted][:, np.newaxis]).astype(np.float64)
+    below = logits - logits[every_row, predicted][:, np.newaxis]
+    # The nearest temperature that the dtype has: 0 or infinity would give 0/0.
+    limits = np.finfo(logits.dtype)
     with np.errstate(over="ignore"):
-        log_probabilities = log_softmax(below / temperature)
-    if rng is not None:
-        # arg max(log p + Gumbel noise) is a draw from p (Gumbel 1954).
-        predicted = (log_probabilities + rng.gumbel(size=logits.shape)).argmax(axis=1)
+        below /= float(np.clip(temperature, limits.tiny, limits.max))
+    log_probabilities = log_softmax(below)
+    if uniforms is not None:
+        cumulative = np.cumsum(np.exp(log_probabilities), axis=1, dtype=np.float64)
+        bound = uniforms * cumulative[:, -1]
+        predicted = (cumulative <= bound[:, np.newaxis]).sum(axis=1)
     return predicted, log_probabilities[every_row, predicted]

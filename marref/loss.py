@@ -47,8 +47,7 @@ def forward(
     -------
     loss : scalar
     cache : dict
-        ``mask`` [...]; at the masked positions, one after the other, ``targets`` [masked] and
-        ``log_probabilities`` [masked, vocab_size].
+        ``mask`` [...], and that of `rows_forward` for the masked positions, one after the other.
     """
     logits = checks.array("logits", logits)
     trees.check_dtype("logits", logits.dtype)
@@ -59,22 +58,14 @@ def forward(
     checks.shape("targets", targets, logits.shape[:-1])
     mask = checks.binary_mask("mask", mask, logits.shape[:-1])
 
-    targets = targets[mask]
-    log_probabilities = log_softmax(logits[mask])
-    losses = -log_probabilities[np.arange(len(targets)), targets]
-    loss = losses.sum() / max(len(targets), 1)
-    return loss, {"mask": mask, "targets": targets, "log_probabilities": log_probabilities}
+    loss, cache = rows_forward(logits[mask], targets[mask], max(int(mask.sum()), 1))
+    return loss, {"mask": mask, **cache}
 
 
 def backward(cache: Tree) -> Array:
     """Compute the gradient of the loss with respect to the logits.
 
-    For one masked position, with p = softmax(z): ∂/∂z_k (log Σ_j exp z_j - z_y) = p_k - [k = y].
-    The mean divides by |M|:
-
-        dz_i = (softmax(z_i) - onehot(y_i)) / |M|   for i in M,      0 elsewhere
-
-    p_y - 1 is taken as expm1(log p_y), which keeps its digits where p_y is almost 1.
+    That of the masked positions is the word of `rows_backward`; no other reaches the loss.
 
     Parameters
     ----------
@@ -86,15 +77,62 @@ def backward(cache: Tree) -> Array:
     array [..., vocab_size]
         dlogits, of the dtype of the logits.
     """
-    mask, targets, log_probabilities = (
-        cache[name] for name in ("mask", "targets", "log_probabilities")
-    )
-    at_target = np.arange(len(targets)), targets
-    drows = np.exp(log_probabilities)
-    drows[at_target] = np.expm1(log_probabilities[at_target])
-    drows /= max(len(targets), 1)
+    mask, drows = cache["mask"], rows_backward(cache)
     dlogits = np.zeros((*mask.shape, drows.shape[-1]), drows.dtype)
     dlogits[mask] = drows
+    return dlogits
+
+
+def rows_forward(logits: Array, targets: Array, num_masked: int) -> tuple[np.inexact, Tree]:
+    """Compute what some masked positions add to the loss: -Σ log softmax(z_i)[y_i] / |M|.
+
+    Parameters
+    ----------
+    logits : array [rows, vocab_size]
+    targets : integer array [rows]
+    num_masked : int
+        |M|, at least 1.
+
+    Returns
+    -------
+    loss : scalar
+    cache : dict
+        ``targets`` [rows], ``log_probabilities`` [rows, vocab_size] and ``num_masked`` [].
+    """
+    log_probabilities = log_softmax(logits)
+    losses = -log_probabilities[np.arange(len(targets)), targets]
+    return losses.sum() / num_masked, {
+        "targets": targets,
+        "log_probabilities": log_probabilities,
+        "num_masked": np.array(num_masked),
+    }
+
+
+def rows_backward(cache: Tree) -> Array:
+    """Compute the gradient of `rows_forward` with respect to the logits.
+
+    For one masked position, with p = softmax(z): ∂/∂z_k (log Σ_j exp z_j - z_y) = p_k - [k = y].
+    The mean divides by |M|:
+
+        dz_i = (softmax(z_i) - onehot(y_i)) / |M|
+
+    p_y - 1 is taken as expm1(log p_y), which keeps its digits where p_y is almost 1.
+
+    Parameters
+    ----------
+    cache : dict
+        From `rows_forward`.
+
+    Returns
+    -------
+    array [rows, vocab_size]
+        dlogits, of the dtype of the logits.
+    """
+    targets, log_probabilities = cache["targets"], cache["log_probabilities"]
+    at_target = np.arange(len(targets)), targets
+    dlogits: Array = np.exp(log_probabilities)
+    dlogits[at_target] = np.expm1(log_probabilities[at_target])
+    dlogits /= int(cache["num_masked"])
     return dlogits
 
 
@@ -118,8 +156,8 @@ def log_softmax(logits: Array) -> Array:
     array [rows, vocab_size]
     """
     largest = np.arange(len(logits)), logits.real.argmax(axis=1)
-    shifted = logits - logits[largest][:, np.newaxis]
+    shifted: Array = logits - logits[largest][:, np.newaxis]
     exponentials = np.exp(shifted)
     exponentials[largest] = 0.0
-    log_probabilities: Array = shifted - np.log1p(exponentials.sum(axis=1, keepdims=True))
-    return log_probabilities
+    shifted -= np.log1p(exponentials.sum(axis=1, keepdims=True))
+    return shifted

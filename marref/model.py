@@ -15,6 +15,7 @@
     head.{kernel, bias}                                        [embed_dim, vocab_size], [vocab_size]
 """
 
+import copy
 import dataclasses
 import functools
 import types
@@ -24,9 +25,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from marref import checks, loss, trees
+from marref import checks, loss, parallel, trees
 from marref.layers import block, dropout, embedding, gelu, layer_norm, linear
-from marref.trees import Array, Tree
+from marref.layers.dropout import Uniforms
+from marref.trees import Array, Index, Tree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,11 +250,14 @@ def loss_and_grads(
     targets: npt.ArrayLike,
     mask: npt.ArrayLike,
     rng: np.random.Generator | None = None,
+    *,
+    num_threads: int = 1,
 ) -> tuple[np.inexact, Tree]:
     """Run the model, the loss, and both backward passes.
 
-    Equal to `MAR.forward`, `marref.loss` and `MAR.backward` one after the other, up to rounding;
-    the head runs at the masked positions only, since no other reaches the loss.
+    Equal to `MAR.forward`, `marref.loss` and `MAR.backward` one after the other, up to rounding.
+    No other positions than the masked ones reach the loss, so the head runs at these only, and
+    so does the last block, but for its keys and values.
 
     Parameters
     ----------
@@ -266,6 +271,9 @@ def loss_and_grads(
         True (or 1) where a position was masked.
     rng : numpy.random.Generator, optional
         Given: dropout is on.
+    num_threads : int
+        More than 1: the batch is split among that many threads, see `marref.parallel.threads`.
+        The same number gives the same bits, another one the same result up to rounding.
 
     Returns
     -------
@@ -287,45 +295,163 @@ def loss_and_grads(
     if rng is not None:
         checks.generator("rng", rng)
 
-    x, cache = body_forward(model, params, tokens, rng)
-    logits, head_cache = head_forward(model, params, x[mask])
-    value, loss_cache = loss.forward(logits, targets[mask], np.ones(len(logits), bool))
+    shape = (*tokens.shape, model.embed_dim)
+    num_masked = max(int(mask.sum()), 1)
 
-    dlogits = loss.backward(loss_cache)
-    drows, head_grads = head_backward(params, dlogits, head_cache)
+    def share(where: slice, rng: Uniforms | None) -> tuple[np.inexact, Tree]:
+        return _loss_and_grads(
+            model, params, tokens[where], targets[where], mask[where], rng, num_masked
+        )
+
+    wheres = parallel.split(len(tokens), num_threads)
+    rngs = [rng, *(copy.deepcopy(rng) for _ in wheres[1:])]
+    draws = [rng and _Part(rng, shape, where) for rng, where in zip(rngs, wheres, strict=True)]
+    with parallel.threads(len(wheres)) as run:
+        (value, grads), *others = run(share, wheres, draws)
+    for other_value, other_grads in others:
+        value += other_value
+        trees.map_leaves(lambda grad, other: np.add(grad, other, out=grad), grads, other_grads)
+    return value, grads
+
+
+class _Part:
+    """Draw a whole array of random numbers, and hand out a part of it.
+
+    A share of a batch, and the last block at some positions, drop the features that they would
+    drop as parts of the whole.
+    """
+
+    def __init__(self, rng: Uniforms, shape: tuple[int, ...], index: Any) -> None:
+        self._rng, self._shape, self._index = rng, shape, index
+
+    def random(self, size: tuple[int, ...], dtype: type[np.float32]) -> Array:
+        part: Array = self._rng.random(self._shape, dtype)[self._index]
+        return part
+
+
+def _loss_and_grads(
+    model: MAR,
+    params: Tree,
+    tokens: Array,
+    targets: Array,
+    mask: Array,
+    rng: Uniforms | None,
+    num_masked: int,
+) -> tuple[np.inexact, Tree]:
+    """Compute what some sequences add to the loss and to the gradients, |M| being num_masked."""
+    rows, mask_of_rows = masked_rows(mask)
+    x, cache = body_forward(model, params, tokens, rng, rows)
+    logits, head_cache = head_forward(model, params, x[mask_of_rows])
+    checks.finite("logits", logits)
+    value, loss_cache = loss.rows_forward(logits, targets[mask], num_masked)
+
+    drows, head_grads = head_backward(params, loss.rows_backward(loss_cache), head_cache)
     dx = np.zeros_like(x)
-    dx[mask] = drows
-    return value, {**body_backward(model, params, dx, cache), **head_grads}
+    dx[mask_of_rows] = drows
+    return value, {**body_backward(model, params, dx, cache, rows), **head_grads}
 
 
 # The pieces of the model, for callers that have checked their arguments and want to run the
 # head at some positions only.
 
 
+def masked_rows(mask: Array) -> tuple[tuple[Array, Array], Array]:
+    """Choose the positions that the last block has to compute.
+
+    Parameters
+    ----------
+    mask : bool array [batch, length]
+
+    Returns
+    -------
+    rows : index
+        x[rows] is [batch, rows, ...], with as many rows as any sequence has masked positions:
+        its own masked positions in order, and others after them where it has fewer.
+    mask_of_rows : bool array [batch, rows]
+        ``mask[rows]``: x[rows][mask_of_rows] is x[mask].
+    """
+    order = np.argsort(~mask, axis=1, kind="stable")[:, : mask.sum(axis=1).max()]
+    rows = np.arange(len(mask))[:, np.newaxis], order
+    return rows, mask[rows]
+
+
 def body_forward(
-    model: MAR, params: Tree, tokens: Array, rng: np.random.Generator | None
+    model: MAR,
+    params: Tree,
+    tokens: Array,
+    rng: Uniforms | None,
+    rows: Index = ...,
 ) -> tuple[Array, Tree]:
-    """Run everything below the head: tokens [batch, length] -> x [batch, length, embed_dim]."""
+    """Run everything below the head: tokens [batch, length] -> x [batch, rows, embed_dim].
+
+    The last block computes its output at the positions of `rows` only.
+    """
     cache: Tree = {}
     x, cache["embedding"] = embedding.forward(params["embedding"], tokens, model.positions)
     x, cache["embedding_dropout"] = dropout.forward(x, model.dropout, rng)
     cache["blocks"] = []
-    for block_params in params["blocks"]:
-        x, block_cache = block_forward(model, block_params, x, rng)
+    for block_params, block_rows in zip(
+        params["blocks"], _rows_of_blocks(model, rows), strict=True
+    ):
+        x, block_cache = block_forward(model, block_params, x, rng, block_rows)
         cache["blocks"].append(block_cache)
     return x, cache
 
 
-def encode(model: MAR, params: Tree, tokens: Array) -> Array:
+def encode(model: MAR, params: Tree, tokens: Array, rows: Index = ...) -> Array:
     """Do as `body_forward` without dropout, keeping one block's activations at a time."""
     x, _ = embedding.forward(params["embedding"], tokens, model.positions)
-    for block_params in params["blocks"]:
-        x, _ = block_forward(model, block_params, x, None)
+    for block_params, block_rows in zip(
+        params["blocks"], _rows_of_blocks(model, rows), strict=True
+    ):
+        x, _ = block_forward(model, block_params, x, None, block_rows)
     return x
 
 
+def encode_masked(
+    model: MAR, params: Tree, tokens: Array, mask: Array, run: parallel.Run, num_threads: int
+) -> Array:
+    """Do as `encode`, for the masked positions: -> x [masked, embed_dim], in threads.
+
+    The threads share the sequences.  If there are more threads than sequences they share the
+    positions instead, block by block, and each computes the keys and values of all positions.
+    """
+
+    def share(part: slice) -> Array:
+        rows, mask_of_rows = masked_rows(mask[part])
+        return encode(model, params, tokens[part], rows)[mask_of_rows]
+
+    if num_threads <= len(tokens):
+        return np.concatenate(run(share, parallel.split(len(tokens), num_threads)))
+
+    def rows_of(mask: Array) -> list[Index]:
+        (sequence, position), _ = masked_rows(mask)
+        parts = parallel.split(position.shape[1], num_threads)
+        return [(sequence, position[:, part]) for part in parts]
+
+    def output(block_params: Tree, x: Array, rows: Index) -> Array:
+        return block_forward(model, block_params, x, None, rows)[0]
+
+    x, _ = embedding.forward(params["embedding"], tokens, model.positions)
+    all_rows, last_rows = rows_of(np.ones_like(mask)), rows_of(mask)
+    for index, block_params in enumerate(params["blocks"], 1):
+        rows = all_rows if index < model.num_layers else last_rows
+        x = np.concatenate(run(functools.partial(output, block_params, x), rows), axis=1)
+    _, mask_of_rows = masked_rows(mask)
+    return x[mask_of_rows]
+
+
+def _rows_of_blocks(model: MAR, rows: Index) -> list[Index]:
+    """All positions in every block but the last."""
+    return [...] * (model.num_layers - 1) + [rows]
+
+
 def block_forward(
-    model: MAR, block_params: Tree, x: Array, rng: np.random.Generator | None
+    model: MAR,
+    block_params: Tree,
+    x: Array,
+    rng: Uniforms | None,
+    rows: Index = ...,
 ) -> tuple[Array, Tree]:
     """Run one block with the model's hyper-parameters."""
     return block.forward(
@@ -335,17 +461,23 @@ def block_forward(
         gelu=model.gelu,
         epsilon=model.layer_norm_epsilon,
         dropout_rate=model.dropout,
-        rng=rng,
+        rng=rng and _Part(rng, x.shape, rows),
+        rows=rows,
     )
 
 
-def body_backward(model: MAR, params: Tree, dx: Array, cache: Tree) -> Tree:
-    """Push dx back through everything below the head."""
+def body_backward(model: MAR, params: Tree, dx: Array, cache: Tree, rows: Index = ...) -> Tree:
+    """Push dx [batch, rows, embed_dim] back through everything below the head."""
     blocks = []
-    for block_params, block_cache in zip(
-        reversed(params["blocks"]), reversed(cache["blocks"]), strict=True
+    for block_params, block_cache, block_rows in zip(
+        reversed(params["blocks"]),
+        reversed(cache["blocks"]),
+        reversed(_rows_of_blocks(model, rows)),
+        strict=True,
     ):
-        dx, block_grads = block.backward(block_params, dx, block_cache, gelu=model.gelu)
+        dx, block_grads = block.backward(
+            block_params, dx, block_cache, gelu=model.gelu, rows=block_rows
+        )
         blocks.append(block_grads)
     dx = dropout.backward(dx, cache["embedding_dropout"])
     return {

@@ -12,12 +12,15 @@ the decay is multiplied by η; in the paper by the schedule's factor only.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
-from marref import checks, trees
+from marref import checks, parallel, trees
 from marref.trees import Array, Tree
+
+_PIECE = 2**17
 
 
 def init(params: Tree) -> Tree:
@@ -50,6 +53,8 @@ def step(
     beta2: float = 0.999,
     epsilon: float = 1e-8,
     weight_decay: float = 0.0,
+    in_place: bool = False,
+    num_threads: int = 1,
 ) -> tuple[Tree, Tree]:
     """Take one step of Adam.
 
@@ -65,44 +70,64 @@ def step(
         β₁, β₂ in [0, 1) and ε > 0; the defaults are the paper's.
     weight_decay : float
         λ >= 0; 0 is Adam, more is AdamW, on all parameters (as in PyTorch with one group).
+    in_place : bool
+        True writes to the arrays of ``params`` and ``state``, which saves the memory of a second
+        set of them.
+    num_threads : int
+        How many threads share the work; the result does not depend on it.
 
     Returns
     -------
     params, state : dict
-        New trees; the arguments are left as they were.
+        New trees, and the arguments are left as they were; with ``in_place``, the same arrays.
 
     Raises
     ------
     TypeError, ValueError
-        The trees differ in structure, shape or dtype, or a number is outside its range.
+        The trees differ in structure, shape or dtype, a number is outside its range, or an array
+        that ``in_place`` would write to is read-only.
     """
     learning_rate = checks.real("learning_rate", learning_rate, "[0, inf)")
     beta1 = checks.real("beta1", beta1, "[0, 1)")
     beta2 = checks.real("beta2", beta2, "[0, 1)")
     epsilon = checks.real("epsilon", epsilon, "(0, inf)")
     weight_decay = checks.real("weight_decay", weight_decay, "[0, inf)")
+    num_threads = checks.integer("num_threads", num_threads, 1)
     _check_state(params, grads, state)
+    if in_place:
+        _check_writeable("params", params)
+        _check_writeable("state", state)
 
     count = int(state["step"]) + 1
     correction1 = 1.0 - beta1**count
     correction2 = 1.0 - beta2**count
 
-    def average(decay: float, moment: Array, value: Array) -> Array:
-        return decay * moment + (1.0 - decay) * value
+    if not in_place:
+        params, state = trees.map_leaves(np.copy, params), trees.map_leaves(np.copy, state)
+    pieces = list(_pieces(params, grads, state["first_moment"], state["second_moment"]))
 
-    first = trees.map_leaves(lambda m, g: average(beta1, m, g), state["first_moment"], grads)
-    second = trees.map_leaves(lambda v, g: average(beta2, v, g * g), state["second_moment"], grads)
+    def update(pieces: list[tuple[Array, ...]]) -> None:
+        for param, grad, m, v in pieces:
+            m *= beta1
+            m += (1.0 - beta1) * grad
+            v *= beta2
+            v += (1.0 - beta2) * (grad * grad)
+            direction = (m / correction1) / (np.sqrt(v / correction2) + epsilon)
+            param -= learning_rate * (direction + weight_decay * param)
 
-    def update(param: Array, m: Array, v: Array) -> Array:
-        direction = (m / correction1) / (np.sqrt(v / correction2) + epsilon)
-        return param - learning_rate * (direction + weight_decay * param)
+    with parallel.threads(num_threads) as run:
+        run(update, [pieces[thread::num_threads] for thread in range(num_threads)])
+    return params, {**state, "step": np.array(count, np.int64)}
 
-    new_state = {
-        "step": np.array(count, np.int64),
-        "first_moment": first,
-        "second_moment": second,
-    }
-    return trees.map_leaves(update, params, first, second), new_state
+
+def _pieces(tree: Tree, *others: Tree) -> Iterator[tuple[Array, ...]]:
+    """Cut trees of one structure into views of so few numbers that they stay in the cache."""
+    others_leaves = [trees.flatten(other) for other in others]
+    for name, leaf in trees.flatten(tree).items():
+        leaves = [np.atleast_1d(each) for each in (leaf, *(other[name] for other in others_leaves))]
+        rows = max(1, _PIECE * len(leaves[0]) // max(1, leaf.size))
+        for start in range(0, len(leaves[0]), rows):
+            yield tuple(each[start : start + rows] for each in leaves)
 
 
 def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, float]:
@@ -134,8 +159,8 @@ def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, float]:
     max_norm = checks.real("max_norm", max_norm, "(0, inf)")
     _real_dtype("grads", grads, _shapes(grads))
     # In float64: the square of 1e20 overflows float32.
-    leaves = [leaf.astype(np.float64) for leaf in trees.flatten(grads).values()]
-    norm = math.sqrt(math.fsum(float(np.vdot(leaf, leaf)) for leaf in leaves))
+    pieces = (piece.astype(np.float64) for (piece,) in _pieces(grads))
+    norm = math.sqrt(math.fsum(float(np.vdot(piece, piece)) for piece in pieces))
     if not math.isfinite(norm):
         raise FloatingPointError(f"grads: their norm is {norm}")
     factor = min(1.0, max_norm / (norm + 1e-6))
@@ -191,6 +216,12 @@ def _real_dtype(argument: str, tree: Tree, shapes: dict[str, tuple[int, ...]]) -
     if dtype.kind == "c":
         raise TypeError(f"{argument}: dtype {dtype}, expected float32 or float64")
     return dtype
+
+
+def _check_writeable(argument: str, tree: Tree) -> None:
+    for name, leaf in trees.flatten(tree).items():
+        if not leaf.flags.writeable:
+            raise ValueError(f"{argument}: {name} is read-only, expected arrays to write to")
 
 
 def _check_state(params: Tree, grads: Tree, state: Tree) -> None:

@@ -56,6 +56,7 @@ def train(
     mask_schedule: str = "one-minus-cosine",
     mask_token_id: int = 0,
     on_step: Callable[[StepRecord], None] | None = None,
+    num_threads: int = 1,
 ) -> tuple[Tree, list[StepRecord]]:
     """Train a model with AdamW on randomly masked sequences.
 
@@ -83,6 +84,8 @@ def train(
     mask_token_id : int
     on_step : callable, optional
         Called with the record of every step, as it ends.
+    num_threads : int
+        How many threads share each batch; see `marref.loss_and_grads`.
 
     Returns
     -------
@@ -106,7 +109,9 @@ def train(
     checks.choice("mask_schedule", mask_schedule, masking.SCHEDULES)
     checks.integer("mask_token_id", mask_token_id, 0, model.vocab_size - 1)
     checks.generator("rng", rng)
+    checks.integer("num_threads", num_threads, 1)
 
+    params = trees.map_leaves(np.copy, params)
     state = optim.init(params)
     history = []
     for step in range(num_steps):
@@ -115,14 +120,24 @@ def train(
         ratio = sample_mask_ratio(rng, mask_schedule, size=batch_size)
         inputs, mask = mask_tokens(targets, ratio, rng, mask_token_id)
         try:
-            loss, grads = loss_and_grads(model, params, inputs, targets, mask, rng)
+            loss, grads = loss_and_grads(
+                model, params, inputs, targets, mask, rng, num_threads=num_threads
+            )
         except ValueError as error:
             raise FloatingPointError(f"training diverged in step {step + 1}: {error}") from error
         grads, grad_norm = optim.clip_by_global_norm(grads, max_norm)
         rate = optim.warmup_cosine(
             step, peak=learning_rate, warmup_steps=warmup_steps, total_steps=num_steps
         )
-        params, state = optim.step(params, grads, state, rate, weight_decay=weight_decay)
+        params, state = optim.step(
+            params,
+            grads,
+            state,
+            rate,
+            weight_decay=weight_decay,
+            in_place=True,
+            num_threads=num_threads,
+        )
         history.append(
             StepRecord(
                 step=step + 1,

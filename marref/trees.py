@@ -4,6 +4,7 @@ Parameters, gradients, caches and optimiser moments are all trees.  A leaf's nam
 joined by dots, with list positions as numbers: ``blocks.0.attention.query.kernel``.
 """
 
+import types
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -12,6 +13,8 @@ import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[Any]
 Tree: TypeAlias = dict[str, Any]
+Index: TypeAlias = types.EllipsisType | tuple[Any, ...]
+"""What selects positions of an array [batch, length, ...]; ``...`` selects all."""
 
 
 def flatten(tree: Any) -> dict[str, Array]:

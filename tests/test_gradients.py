@@ -170,6 +170,49 @@ def test_block(method, shape, num_heads, rate, seed):
     )
 
 
+def some_rows(shape, seed):
+    """The same number of positions of each sequence, distinct and in any order."""
+    rng = np.random.default_rng(seed)
+    batch, length = shape
+    order = rng.permuted(np.tile(np.arange(length), (batch, 1)), axis=1)
+    return np.arange(batch)[:, np.newaxis], order[:, : rng.integers(length + 1)]
+
+
+@METHODS
+@given(shape=shapes, seed=seeds)
+@settings(max_examples=5)
+def test_attention_and_block_at_some_positions(method, shape, seed):
+    rows = some_rows(shape, seed)
+    options = {"num_heads": 2, "gelu": "erf", "epsilon": 1e-5}
+    cases = (
+        (
+            lambda rng: attention.init(rng, 4, 1.0, 1.0),
+            lambda params, x, rows: attention.forward(params, x, 2, rows),
+            lambda params, dy, cache: attention.backward(params, dy, cache, rows),
+        ),
+        (
+            lambda rng: block.init(rng, 4, 2, 1.0),
+            lambda params, x, rows: block.forward(params, x, **options, rows=rows),
+            lambda params, dy, cache: block.backward(params, dy, cache, gelu="erf", rows=rows),
+        ),
+    )
+    for init, forward, backward in cases:
+        params, x = (
+            init(np.random.default_rng(0)),
+            np.random.default_rng(1).normal(size=(*shape, 4)),
+        )
+        whole, part = forward(params, x, ...)[0], forward(params, x, rows)[0]
+        np.testing.assert_allclose(part, whole[rows], rtol=1e-12, atol=1e-13)
+        assert_layer_agrees(
+            init,
+            lambda params, x, forward=forward: forward(params, x, rows),
+            backward,
+            (*shape, 4),
+            seed,
+            method,
+        )
+
+
 @METHODS
 @given(shape=shapes, vocab_size=st.integers(2, 6), seed=seeds)
 @settings(max_examples=15)

@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marref.layers import linear
-from marref.trees import Array, Tree
+from marref.trees import Array, Index, Tree
 
 
 def init(
@@ -48,8 +48,8 @@ def init(
     return {**params, "output": linear.init(rng, embed_dim, embed_dim, output_std, dtype)}
 
 
-def forward(params: Tree, x: Array, num_heads: int) -> tuple[Array, Tree]:
-    """Let every position gather from all positions.
+def forward(params: Tree, x: Array, num_heads: int, rows: Index = ...) -> tuple[Array, Tree]:
+    """Let positions gather from all positions.
 
     Parameters
     ----------
@@ -57,18 +57,20 @@ def forward(params: Tree, x: Array, num_heads: int) -> tuple[Array, Tree]:
     x : array [batch, length, embed_dim]
     num_heads : int
         Divides embed_dim; head h reads the h-th run of head_dim features.
+    rows : index
+        Which positions gather: x[rows] is [batch, rows, embed_dim].  All of them unless given.
 
     Returns
     -------
-    y : array [batch, length, embed_dim]
+    y : array [batch, rows, embed_dim]
     cache : dict
-        ``input`` x; ``query``, ``key``, ``value`` [batch, num_heads, length, head_dim];
-        ``weights`` A [batch, num_heads, length, length], keys last;
-        ``context`` C [batch, length, embed_dim], the heads side by side.
+        ``input`` x; ``query`` [batch, num_heads, rows, head_dim]; ``key``, ``value``
+        [batch, num_heads, length, head_dim]; ``weights`` A [batch, num_heads, rows, length],
+        keys last; ``context`` C [batch, rows, embed_dim], the heads side by side.
     """
     query, key, value = (
-        _split_heads(linear.forward(params[name], x)[0], num_heads)
-        for name in ("query", "key", "value")
+        _split_heads(linear.forward(params[name], source)[0], num_heads)
+        for name, source in (("query", x[rows]), ("key", x), ("value", x))
     )
     weights = _softmax(query / math.sqrt(query.shape[-1]) @ key.mT)
     context = _merge_heads(weights @ value)
@@ -83,13 +85,16 @@ def forward(params: Tree, x: Array, num_heads: int) -> tuple[Array, Tree]:
     }
 
 
-def backward(params: Tree, dy: Array, cache: Tree) -> tuple[Array, Tree]:
+def backward(params: Tree, dy: Array, cache: Tree, rows: Index = ...) -> tuple[Array, Tree]:
     """Push ``dy`` back through output, C = A V, softmax, S = Q Kᵀ/√d and the projections.
 
     The products are linear in each factor: from C = A V follow dA = dC Vᵀ and dV = Aᵀ dC, from
     S = Q Kᵀ/√d follow dQ = dS K/√d and dK = dSᵀ Q/√d.  For a row a = softmax(s),
 
         ∂a_j/∂s_i = a_j (δ_ij - a_i)     so     ds_i = a_i (da_i - Σ_j a_j da_j)
+
+    With da_j = dc · v_j the sum is dc · Σ_j a_j v_j = dc · c, over head_dim numbers instead of
+    length (Dao et al. 2022, arXiv 2205.14135, appendix B.2).
 
     The input feeds three projections; their gradients add.
 
@@ -102,29 +107,39 @@ def backward(params: Tree, dy: Array, cache: Tree) -> tuple[Array, Tree]:
     grads : dict
         Like ``params``.
     """
-    query, key, value, weights = (cache[name] for name in ("query", "key", "value", "weights"))
+    x, query, key, value, weights, context = (
+        cache[name] for name in ("input", "query", "key", "value", "weights", "context")
+    )
     num_heads, head_dim = query.shape[1], query.shape[-1]
 
-    dcontext, doutput = linear.backward(params["output"], dy, cache["context"])
+    dcontext, doutput = linear.backward(params["output"], dy, context)
+    mean = _split_heads(dcontext * context, num_heads).sum(axis=-1, keepdims=True)
     dcontext = _split_heads(dcontext, num_heads)
-    dweights = dcontext @ value.mT
     dvalue = weights.mT @ dcontext
-    dscores = weights * (dweights - (weights * dweights).sum(axis=-1, keepdims=True))
+    dscores = dcontext @ value.mT
+    dscores -= mean
+    dscores *= weights
     dscores /= math.sqrt(head_dim)
     dquery = dscores @ key
     dkey = dscores.mT @ query
 
-    dx = np.zeros_like(cache["input"])
-    grads = {}
-    for name, dheads in (("query", dquery), ("key", dkey), ("value", dvalue)):
-        dinput, grads[name] = linear.backward(params[name], _merge_heads(dheads), cache["input"])
-        dx += dinput
-    return dx, {**grads, "output": doutput}
+    dx, dkey_projection = linear.backward(params["key"], _merge_heads(dkey), x)
+    dinput, dvalue_projection = linear.backward(params["value"], _merge_heads(dvalue), x)
+    dx += dinput
+    dinput, dquery_projection = linear.backward(params["query"], _merge_heads(dquery), x[rows])
+    dx[rows] += dinput
+    return dx, {
+        "query": dquery_projection,
+        "key": dkey_projection,
+        "value": dvalue_projection,
+        "output": doutput,
+    }
 
 
 def _softmax(scores: Array) -> Array:
     """Softmax over the last axis, with the row's maximum subtracted so that exp cannot overflow."""
-    weights: Array = np.exp(scores - scores.real.max(axis=-1, keepdims=True))
+    weights: Array = scores - scores.real.max(axis=-1, keepdims=True)
+    np.exp(weights, out=weights)
     weights /= weights.sum(axis=-1, keepdims=True)
     return weights
 

@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from marref.layers import attention, dropout, feed_forward, layer_norm
-from marref.trees import Array, Tree
+from marref.layers.dropout import Uniforms
+from marref.trees import Array, Index, Tree
 
 
 def init(
@@ -50,7 +51,8 @@ def forward(
     gelu: str,
     epsilon: float,
     dropout_rate: float = 0.0,
-    rng: np.random.Generator | None = None,
+    rng: Uniforms | None = None,
+    rows: Index = ...,
 ) -> tuple[Array, Tree]:
     """Pass the residual stream through one block.
 
@@ -63,25 +65,30 @@ def forward(
     dropout_rate : float
     rng : numpy.random.Generator or None
         ``None`` turns dropout off.
+    rows : index
+        The positions whose y is wanted, as in `attention`: where nothing reads the others, as in
+        a last block, they need no query and no feed-forward layer.
 
     Returns
     -------
-    y : array [batch, length, embed_dim]
+    y : array [batch, rows, embed_dim]
     cache : dict
         The caches of the layers, by their names.
     """
     cache: Tree = {}
     branch, cache["attention_norm"] = layer_norm.forward(params["attention_norm"], x, epsilon)
-    branch, cache["attention"] = attention.forward(params["attention"], branch, num_heads)
+    branch, cache["attention"] = attention.forward(params["attention"], branch, num_heads, rows)
     branch, cache["attention_dropout"] = dropout.forward(branch, dropout_rate, rng)
-    x = x + branch
+    x = x[rows] + branch
     branch, cache["feed_forward_norm"] = layer_norm.forward(params["feed_forward_norm"], x, epsilon)
     branch, cache["feed_forward"] = feed_forward.forward(params["feed_forward"], branch, gelu)
     branch, cache["feed_forward_dropout"] = dropout.forward(branch, dropout_rate, rng)
     return x + branch, cache
 
 
-def backward(params: Tree, dy: Array, cache: Tree, *, gelu: str) -> tuple[Array, Tree]:
+def backward(
+    params: Tree, dy: Array, cache: Tree, *, gelu: str, rows: Index = ...
+) -> tuple[Array, Tree]:
     """Push ``dy`` back: `forward` read from bottom to top.
 
     At x + f(x) the gradient goes both ways: dx = dy + fᵀ(dy), where fᵀ is the backward of f.
@@ -103,9 +110,10 @@ def backward(params: Tree, dy: Array, cache: Tree, *, gelu: str) -> tuple[Array,
     dy = dy + dbranch
     dbranch = dropout.backward(dy, cache["attention_dropout"])
     dbranch, grads["attention"] = attention.backward(
-        params["attention"], dbranch, cache["attention"]
+        params["attention"], dbranch, cache["attention"], rows
     )
-    dbranch, grads["attention_norm"] = layer_norm.backward(
+    dx, grads["attention_norm"] = layer_norm.backward(
         params["attention_norm"], dbranch, cache["attention_norm"]
     )
-    return dy + dbranch, {name: grads[name] for name in params}
+    dx[rows] += dy
+    return dx, {name: grads[name] for name in params}

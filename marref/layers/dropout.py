@@ -4,12 +4,21 @@ Every feature is dropped with probability p and the others are scaled up, so tha
 is x and nothing needs to change when dropout is off.
 """
 
+from typing import Any, Protocol
+
 import numpy as np
 
 from marref.trees import Array
 
 
-def forward(x: Array, rate: float, rng: np.random.Generator | None) -> tuple[Array, Array | None]:
+class Uniforms(Protocol):
+    """What dropout draws from: a numpy.random.Generator, or what hands out a part of its draws."""
+
+    def random(self, size: Any, dtype: Any) -> Any:
+        """Draw numbers uniform in [0, 1)."""
+
+
+def forward(x: Array, rate: float, rng: Uniforms | None) -> tuple[Array, Array | None]:
     """Drop features at random; without an ``rng``, or at rate 0, do nothing.
 
     The uniform numbers are float32 in every precision, so one seed drops the same features in
@@ -20,7 +29,7 @@ def forward(x: Array, rate: float, rng: np.random.Generator | None) -> tuple[Arr
     x : array
     rate : float
         The probability p of dropping a feature, in [0, 1).
-    rng : numpy.random.Generator or None
+    rng : numpy.random.Generator, or another source of `Uniforms`, or None
 
     Returns
     -------
@@ -31,7 +40,7 @@ def forward(x: Array, rate: float, rng: np.random.Generator | None) -> tuple[Arr
     """
     if rng is None or rate == 0.0:
         return x, None
-    keep = rng.random(x.shape, dtype=np.float32) >= rate
+    keep = rng.random(x.shape, np.float32) >= rate
     mask = keep.astype(x.dtype) / (1.0 - rate)
     return x * mask, mask
 

@@ -268,7 +268,7 @@ def _schedules() -> dict[str, Array]:
 
 
 def _optimise(
-    model: MAR, params: Tree, batch: dict[str, Array], name: str, options: dict[str, float]
+    model: MAR, params: Tree, batch: dict[str, Array], name: str, options: dict[str, Any]
 ) -> dict[str, Array]:
     arrays: dict[str, Array] = {}
     state = optim.init(params)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from marref.layers import attention, linear
-from marref.trees import Array, Tree
+from marref.trees import Array, Index, Tree
 from marref.verify.faults.fault import Fault, Patch, replace, wrap
 from marref.verify.faults.feed_forward import ATTENTION_BIASES
 
@@ -19,19 +19,21 @@ def _scaled(factor_of: Callable[[int, int], float]) -> tuple[Patch, Patch]:
     """
 
     def forward(old: Any) -> Any:
-        def scaled(params: Tree, x: Array, num_heads: int) -> tuple[Array, Tree]:
+        def scaled(params: Tree, x: Array, num_heads: int, *rows: Index) -> tuple[Array, Tree]:
             factor = factor_of(x.shape[-1] // num_heads, num_heads)
             query = {name: leaf * factor for name, leaf in params["query"].items()}
-            y, cache = old({**params, "query": query}, x, num_heads)
+            y, cache = old({**params, "query": query}, x, num_heads, *rows)
             return y, {**cache, "query": cache["query"] / factor}
 
         return scaled
 
     def backward(old: Any) -> Any:
-        def scaled(params: Tree, dy: Array, cache: Tree) -> tuple[Array, Tree]:
+        def scaled(params: Tree, dy: Array, cache: Tree, *rows: Index) -> tuple[Array, Tree]:
             factor = factor_of(cache["query"].shape[-1], cache["query"].shape[1])
             query, key = cache["query"] * factor, cache["key"] * factor
-            result: tuple[Array, Tree] = old(params, dy, {**cache, "query": query, "key": key})
+            result: tuple[Array, Tree] = old(
+                params, dy, {**cache, "query": query, "key": key}, *rows
+            )
             return result
 
         return scaled
@@ -91,7 +93,7 @@ def backward_with(
 ) -> Callable[[Tree, Array, Tree], tuple[Array, Tree]]:
     """Make an attention backward with another dS = dscores_of(A, dA), or with dQ, dK swapped."""
 
-    def backward(params: Tree, dy: Array, cache: Tree) -> tuple[Array, Tree]:
+    def backward(params: Tree, dy: Array, cache: Tree, *_: Index) -> tuple[Array, Tree]:
         query, key, value, weights = (cache[name] for name in ("query", "key", "value", "weights"))
         num_heads, head_dim = query.shape[1], query.shape[-1]
         dcontext, doutput = linear.backward(params["output"], dy, cache["context"])
@@ -119,16 +121,16 @@ def _swapped(tree: Tree) -> Tree:
 def _product_swapped_forward(old: Any) -> Any:
     """Compute S = K Qᵀ/√d; the cache keeps the names."""
 
-    def forward(params: Tree, x: Array, num_heads: int) -> tuple[Array, Tree]:
-        y, cache = old(_swapped(params), x, num_heads)
+    def forward(params: Tree, x: Array, num_heads: int, *rows: Index) -> tuple[Array, Tree]:
+        y, cache = old(_swapped(params), x, num_heads, *rows)
         return y, _swapped(cache)
 
     return forward
 
 
 def _product_swapped_backward(old: Any) -> Any:
-    def backward(params: Tree, dy: Array, cache: Tree) -> tuple[Array, Tree]:
-        dx, grads = old(_swapped(params), dy, _swapped(cache))
+    def backward(params: Tree, dy: Array, cache: Tree, *rows: Index) -> tuple[Array, Tree]:
+        dx, grads = old(_swapped(params), dy, _swapped(cache), *rows)
         return dx, _swapped(grads)
 
     return backward
@@ -136,12 +138,12 @@ def _product_swapped_backward(old: Any) -> Any:
 
 def _weights_swapped_forward(old: Any) -> Any:
     """Compute Q = x W_K + b_K, K = x W_Q + b_Q."""
-    return lambda params, x, num_heads: old(_swapped(params), x, num_heads)
+    return lambda params, *rest: old(_swapped(params), *rest)
 
 
 def _weights_swapped_backward(old: Any) -> Any:
-    def backward(params: Tree, dy: Array, cache: Tree) -> tuple[Array, Tree]:
-        dx, grads = old(_swapped(params), dy, cache)
+    def backward(params: Tree, dy: Array, cache: Tree, *rows: Index) -> tuple[Array, Tree]:
+        dx, grads = old(_swapped(params), dy, cache, *rows)
         return dx, _swapped(grads)
 
     return backward

@@ -63,7 +63,9 @@ def _block(forward: Any, backward: Any) -> tuple[Patch, Patch]:
         y = forward(params, x, cache, options)
         return y, cache
 
-    def block_backward(params: Tree, dy: Array, cache: Tree, *, gelu: str) -> tuple[Array, Tree]:
+    def block_backward(
+        params: Tree, dy: Array, cache: Tree, *, gelu: str, **_: Any
+    ) -> tuple[Array, Tree]:
         grads: Tree = {}
         dx = backward(params, dy, cache, grads, gelu)
         return dx, {name: grads[name] for name in params}

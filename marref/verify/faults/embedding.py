@@ -121,14 +121,6 @@ def _tied_backward(old: Any) -> Any:
     return lambda self, params, dlogits, cache: _move_to_table(old(self, params, dlogits, cache))
 
 
-def _tied_loss_and_grads(old: Any) -> Any:
-    def loss_and_grads(*args: Any, **kwargs: Any) -> Any:
-        value, grads = old(*args, **kwargs)
-        return value, _move_to_table(grads)
-
-    return loss_and_grads
-
-
 FAULTS = (
     Fault(
         "embedding-times-root-embed-dim",
@@ -211,7 +203,6 @@ FAULTS = (
             wrap(model_module, "head_forward", _tied_head_forward),
             wrap(model_module, "head_backward", _tied_head_backward),
             wrap(MAR, "backward", _tied_backward),
-            wrap(model_module, "loss_and_grads", _tied_loss_and_grads),
         ),
     ),
 )

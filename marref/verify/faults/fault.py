@@ -12,6 +12,11 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from marref import loss, model
+from marref.trees import Array, Tree
+
 
 class Patch(NamedTuple):
     """What stands at one attribute of a module or class while a fault is applied."""
@@ -56,6 +61,30 @@ class Fault:
         return applied(self)
 
 
+def _loss_and_grads(
+    mar: model.MAR,
+    params: Tree,
+    tokens: Array,
+    targets: Array,
+    mask: Array,
+    rng: np.random.Generator | None = None,
+    **_: Any,
+) -> tuple[Any, Tree]:
+    logits, cache = mar.forward(params, tokens, rng)
+    value, loss_cache = loss.forward(logits, targets, mask)
+    return value, mar.backward(params, loss.backward(loss_cache), cache)
+
+
+def _encode_masked(mar: model.MAR, params: Tree, tokens: Array, mask: Array, *_: Any) -> Array:
+    return model.encode(mar, params, tokens)[mask]
+
+
+_DEFINITION = [
+    replace(model, "loss_and_grads", _loss_and_grads),
+    replace(model, "encode_masked", _encode_masked),
+]
+
+
 def compatible(*faults: Fault) -> bool:
     """Whether faults can be applied together: no attribute is replaced by two of them."""
     replaced = [
@@ -70,6 +99,9 @@ def compatible(*faults: Fault) -> bool:
 @contextlib.contextmanager
 def applied(*faults: Fault) -> Iterator[None]:
     """Make marref compute with all the given faults until the context ends.
+
+    Faults are put into the definition.  So `marref.loss_and_grads` goes through all the logits
+    meanwhile, and nothing is left out that the loss or the decoder does not need.
 
     The patches act on the whole process, other threads included, and are undone whatever
     happens.  Every module of the package that holds a patched function gets the patch, provided
@@ -90,7 +122,7 @@ def applied(*faults: Fault) -> Iterator[None]:
     patches = [patch for fault in faults for patch in fault.patches]
     with contextlib.ExitStack() as restore:
         # Replacements first, so that wraps go around them.
-        for patch in sorted(patches, key=lambda patch: not patch.replaces):
+        for patch in _DEFINITION + sorted(patches, key=lambda patch: not patch.replaces):
             old = getattr(patch.owner, patch.attribute)
             new = patch.make(old)
             for holder in _holders(patch.owner, patch.attribute, old):

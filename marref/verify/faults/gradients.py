@@ -7,7 +7,7 @@ import numpy as np
 
 from marref import loss
 from marref.layers import attention, embedding, gelu, layer_norm, linear
-from marref.trees import Array, Tree
+from marref.trees import Array, Index, Tree
 from marref.verify.faults.attention import backward_with
 from marref.verify.faults.block import residuals
 from marref.verify.faults.fault import Fault, Patch, replace, wrap
@@ -34,18 +34,13 @@ def _layer_norm(*, mean: bool = True, correlation: bool = True, scale: bool = Tr
 def _unscaled_attention(old: Any) -> Any:
     """Compute dQ = dS K, dK = dSᵀ Q, without 1/√d."""
 
-    def backward(params: Tree, dy: Array, cache: Tree) -> tuple[Array, Tree]:
+    def backward(params: Tree, dy: Array, cache: Tree, *rows: Index) -> tuple[Array, Tree]:
         root = math.sqrt(cache["query"].shape[-1])
         scaled = {**cache, "query": cache["query"] * root, "key": cache["key"] * root}
-        result: tuple[Array, Tree] = old(params, dy, scaled)
+        result: tuple[Array, Tree] = old(params, dy, scaled, *rows)
         return result
 
     return backward
-
-
-def _values_not_reached(old: Any) -> Any:
-    """Compute dS = 0: only the values are differentiated."""
-    return lambda params, dy, cache: old(params, dy, {**cache, "value": 0.0 * cache["value"]})
 
 
 def _assigned(params: Tree, dx: Array, cache: Array) -> Tree:
@@ -198,7 +193,13 @@ FAULTS = (
         "attention-gradient-through-values-only",
         "Attention weights are taken for constants, or detached from the graph: query and key "
         "have no gradients.",
-        (wrap(attention, "backward", _values_not_reached),),
+        (
+            replace(
+                attention,
+                "backward",
+                backward_with(lambda weights, dweights: np.zeros_like(dweights)),
+            ),
+        ),
     ),
     Fault(
         "embedding-gradient-assigned",

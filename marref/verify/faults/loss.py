@@ -6,25 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from marref import loss, model
+from marref import loss
 from marref.trees import Array, Tree
 from marref.verify.faults.fault import Fault, Patch, replace
 
 _Weights = Callable[[Array], Array]
-
-
-def _loss_and_grads(
-    mar: model.MAR,
-    params: Tree,
-    tokens: Array,
-    targets: Array,
-    mask: Array,
-    rng: np.random.Generator | None = None,
-) -> tuple[Any, Tree]:
-    """Loss and gradients by way of all logits: marref's own takes only the masked ones."""
-    logits, cache = mar.forward(params, tokens, rng)
-    value, loss_cache = loss.forward(logits, targets, mask)
-    return value, mar.backward(params, loss.backward(loss_cache), cache)
 
 
 def _log_softmax(logits: Array) -> Array:
@@ -37,7 +23,6 @@ def _patches(forward: Any, backward: Any) -> tuple[Patch, ...]:
     return (
         replace(loss, "forward", forward),
         replace(loss, "backward", backward),
-        replace(model, "loss_and_grads", _loss_and_grads),
     )
 
 

@@ -1,0 +1,116 @@
+"""Threads: each takes a share of the work, with a BLAS that uses one thread beneath it.
+
+NumPy lets go of the interpreter while it computes, so that Python threads do run side by side.
+Shares that do not wait for each other keep their pace when another program takes a core; the
+threads of a BLAS meet at the end of every matrix product, and lose most of theirs.
+"""
+
+import concurrent.futures
+import contextlib
+import contextvars
+import functools
+import itertools
+import threading
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+from marref import checks
+
+try:
+    import threadpoolctl
+except ImportError:
+    threadpoolctl = None
+
+Run = Callable[..., list[Any]]
+"""``run(function, *shares)``: the list of the results of ``map(function, *shares)``."""
+
+_blas = threading.RLock()
+
+
+@contextlib.contextmanager
+def threads(num_threads: int) -> Iterator[Run]:
+    """Start threads, and hold the BLAS to one thread until they have ended.
+
+    Parameters
+    ----------
+    num_threads : int
+        With 1 nothing is started, and the BLAS keeps its own number of threads.
+
+    Yields
+    ------
+    callable
+        ``run(function, *shares)``: the list of what ``map`` would give, each call in a thread.
+
+    Raises
+    ------
+    TypeError, ValueError
+        ``num_threads`` is no integer >= 1.
+
+    Warns
+    -----
+    RuntimeWarning
+        threadpoolctl is missing: the shares are worked off one after the other.
+
+    Notes
+    -----
+    The number of threads of the BLAS belongs to the whole process: calls from several threads
+    of the caller's own wait for each other.
+
+    Examples
+    --------
+    >>> with threads(2) as run:
+    ...     run(sum, [[1, 2], [3, 4]])
+    [3, 7]
+    """
+    checks.integer("num_threads", num_threads, 1)
+    if num_threads > 1 and threadpoolctl is None:
+        warnings.warn(
+            f'num_threads: {num_threads} threads need threadpoolctl, pip install "marref[fast]"; '
+            "going on with one",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+    if num_threads == 1 or threadpoolctl is None:
+        yield lambda function, *shares: list(map(function, *shares))
+        return
+
+    def run(function: Callable[..., Any], *shares: Iterable[Any]) -> list[Any]:
+        # Each in a copy of the caller's context, where numpy.errstate lives.
+        futures = [
+            pool.submit(contextvars.copy_context().run, function, *share)
+            for share in zip(*shares, strict=True)
+        ]
+        return [future.result() for future in futures]
+
+    with (
+        _blas,
+        _controller().limit(limits=1, user_api="blas"),
+        concurrent.futures.ThreadPoolExecutor(num_threads) as pool,
+    ):
+        yield run
+
+
+def split(length: int, num_shares: int) -> list[slice]:
+    """Cut range(length) into contiguous slices of almost equal size, none of them empty.
+
+    Parameters
+    ----------
+    length : int
+    num_shares : int
+        There are fewer slices if the length is less.
+
+    Examples
+    --------
+    >>> split(5, 2)
+    [slice(0, 3, None), slice(3, 5, None)]
+    """
+    num_shares = max(1, min(length, num_shares))
+    size, rest = divmod(length, num_shares)
+    ends = [size * share + min(share, rest) for share in range(num_shares + 1)]
+    return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
+@functools.cache
+def _controller() -> Any:
+    return threadpoolctl.ThreadpoolController()
