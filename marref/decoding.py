@@ -240,19 +240,22 @@ def _predict(
     """Predict a token from each row of logits, with the logarithm of its confidence.
 
     The token is the arg max or, given a number u uniform in [0, 1) for each row, the first id
-    whose cumulative probability is above u.  Ordered by log-confidence, sure tokens stay apart
-    that a float32 probability rounds to 1.
+    whose cumulative probability is above u.  The confidence of the arg max is 1/(1 + Σ odds), the
+    odds of the others being exp((z - z_max)/T); its logarithm tells sure tokens apart that a
+    float32 probability rounds to 1.
     """
-    every_row = np.arange(len(logits))
-    predicted = logits.argmax(axis=1)
-    below = logits - logits[every_row, predicted][:, np.newaxis]
+    largest = np.arange(len(logits)), logits.argmax(axis=1)
+    odds = logits - logits[largest][:, np.newaxis]
     # The nearest temperature that the dtype has: 0 or infinity would give 0/0.
     limits = np.finfo(logits.dtype)
     with np.errstate(over="ignore"):
-        below /= float(np.clip(temperature, limits.tiny, limits.max))
-    log_probabilities = log_softmax(below)
+        odds /= float(np.clip(temperature, limits.tiny, limits.max))
     if uniforms is not None:
+        log_probabilities = log_softmax(odds)
         cumulative = np.cumsum(np.exp(log_probabilities), axis=1, dtype=np.float64)
         bound = uniforms * cumulative[:, -1]
         predicted = (cumulative <= bound[:, np.newaxis]).sum(axis=1)
-    return predicted, log_probabilities[every_row, predicted]
+        return predicted, log_probabilities[largest[0], predicted]
+    np.exp(odds, out=odds)
+    odds[largest] = 0.0
+    return largest[1], -np.log1p(odds.sum(axis=1))

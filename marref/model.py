@@ -192,6 +192,7 @@ class MAR:
         if dlogits.dtype != dtype:
             raise TypeError(f"dlogits: dtype {dlogits.dtype}, expected {dtype} as in params")
         dx, head_grads = head_backward(params, dlogits, cache)
+        cache = {**cache, "blocks": [*cache["blocks"]]}
         return {**body_backward(self, params, dx, cache), **head_grads}
 
     def __call__(self, params: Tree, tokens: npt.ArrayLike) -> Array:
@@ -306,12 +307,13 @@ def loss_and_grads(
     wheres = parallel.split(len(tokens), num_threads)
     rngs = [rng, *(copy.deepcopy(rng) for _ in wheres[1:])]
     draws = [rng and _Part(rng, shape, where) for rng, where in zip(rngs, wheres, strict=True)]
+
     with parallel.threads(len(wheres)) as run:
-        (value, grads), *others = run(share, wheres, draws)
-    for other_value, other_grads in others:
-        value += other_value
-        trees.map_leaves(lambda grad, other: np.add(grad, other, out=grad), grads, other_grads)
-    return value, grads
+        values, grads = zip(*run(share, wheres, draws), strict=True)
+    for total, *terms in trees.pieces(*grads):
+        for term in terms:
+            total += term
+    return sum(values), grads[0]
 
 
 class _Part:
@@ -341,14 +343,24 @@ def _loss_and_grads(
     """Compute what some sequences add to the loss and to the gradients, |M| being num_masked."""
     rows, mask_of_rows = masked_rows(mask)
     x, cache = body_forward(model, params, tokens, rng, rows)
-    logits, head_cache = head_forward(model, params, x[mask_of_rows])
-    checks.finite("logits", logits)
-    value, loss_cache = loss.rows_forward(logits, targets[mask], num_masked)
-
-    drows, head_grads = head_backward(params, loss.rows_backward(loss_cache), head_cache)
+    value, drows, head_grads = _head_loss_and_grads(
+        model, params, x[mask_of_rows], targets[mask], num_masked
+    )
     dx = np.zeros_like(x)
     dx[mask_of_rows] = drows
     return value, {**body_backward(model, params, dx, cache, rows), **head_grads}
+
+
+def _head_loss_and_grads(
+    model: MAR, params: Tree, x: Array, targets: Array, num_masked: int
+) -> tuple[np.inexact, Array, Tree]:
+    """Do the head's part.  Logits are large, and let go when they have been read."""
+    logits, cache = head_forward(model, params, x)
+    checks.finite("logits", logits)
+    value, loss_cache = loss.rows_forward(logits, targets, num_masked)
+    del logits
+    dx, grads = head_backward(params, loss.rows_backward(loss_cache), cache)
+    return value, dx, grads
 
 
 # The pieces of the model, for callers that have checked their arguments and want to run the
@@ -467,16 +479,16 @@ def block_forward(
 
 
 def body_backward(model: MAR, params: Tree, dx: Array, cache: Tree, rows: Index = ...) -> Tree:
-    """Push dx [batch, rows, embed_dim] back through everything below the head."""
+    """Push dx [batch, rows, embed_dim] back through everything below the head.
+
+    The list of the blocks' caches is used up, so that each is let go when it has been read.
+    """
     blocks = []
-    for block_params, block_cache, block_rows in zip(
-        reversed(params["blocks"]),
-        reversed(cache["blocks"]),
-        reversed(_rows_of_blocks(model, rows)),
-        strict=True,
+    for block_params, block_rows in zip(
+        reversed(params["blocks"]), reversed(_rows_of_blocks(model, rows)), strict=True
     ):
         dx, block_grads = block.backward(
-            block_params, dx, block_cache, gelu=model.gelu, rows=block_rows
+            block_params, dx, cache["blocks"].pop(), gelu=model.gelu, rows=block_rows
         )
         blocks.append(block_grads)
     dx = dropout.backward(dx, cache["embedding_dropout"])

@@ -12,15 +12,12 @@ the decay is multiplied by η; in the paper by the schedule's factor only.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from marref import checks, parallel, trees
 from marref.trees import Array, Tree
-
-_PIECE = 2**17
 
 
 def init(params: Tree) -> Tree:
@@ -104,7 +101,6 @@ def step(
 
     if not in_place:
         params, state = trees.map_leaves(np.copy, params), trees.map_leaves(np.copy, state)
-    pieces = list(_pieces(params, grads, state["first_moment"], state["second_moment"]))
 
     def update(pieces: list[tuple[Array, ...]]) -> None:
         for param, grad, m, v in pieces:
@@ -112,22 +108,18 @@ def step(
             m += (1.0 - beta1) * grad
             v *= beta2
             v += (1.0 - beta2) * (grad * grad)
-            direction = (m / correction1) / (np.sqrt(v / correction2) + epsilon)
-            param -= learning_rate * (direction + weight_decay * param)
+            change = np.sqrt(v)
+            change += epsilon * math.sqrt(correction2)
+            np.divide(m, change, out=change)
+            change *= learning_rate * math.sqrt(correction2) / correction1
+            if weight_decay > 0.0:
+                param *= 1.0 - learning_rate * weight_decay
+            param -= change
 
     with parallel.threads(num_threads) as run:
-        run(update, [pieces[thread::num_threads] for thread in range(num_threads)])
+        pieces = trees.pieces(params, grads, state["first_moment"], state["second_moment"])
+        run(update, parallel.deal(pieces, num_threads))
     return params, {**state, "step": np.array(count, np.int64)}
-
-
-def _pieces(tree: Tree, *others: Tree) -> Iterator[tuple[Array, ...]]:
-    """Cut trees of one structure into views of so few numbers that they stay in the cache."""
-    others_leaves = [trees.flatten(other) for other in others]
-    for name, leaf in trees.flatten(tree).items():
-        leaves = [np.atleast_1d(each) for each in (leaf, *(other[name] for other in others_leaves))]
-        rows = max(1, _PIECE * len(leaves[0]) // max(1, leaf.size))
-        for start in range(0, len(leaves[0]), rows):
-            yield tuple(each[start : start + rows] for each in leaves)
 
 
 def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, float]:
@@ -159,7 +151,7 @@ def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, float]:
     max_norm = checks.real("max_norm", max_norm, "(0, inf)")
     _real_dtype("grads", grads, _shapes(grads))
     # In float64: the square of 1e20 overflows float32.
-    pieces = (piece.astype(np.float64) for (piece,) in _pieces(grads))
+    pieces = (piece.astype(np.float64) for (piece,) in trees.pieces(grads))
     norm = math.sqrt(math.fsum(float(np.vdot(piece, piece)) for piece in pieces))
     if not math.isfinite(norm):
         raise FloatingPointError(f"grads: their norm is {norm}")

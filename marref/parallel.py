@@ -13,7 +13,7 @@ import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 from marref import checks
 
@@ -22,6 +22,7 @@ try:
 except ImportError:
     threadpoolctl = None
 
+Item = TypeVar("Item")
 Run = Callable[..., list[Any]]
 """``run(function, *shares)``: the list of the results of ``map(function, *shares)``."""
 
@@ -30,7 +31,7 @@ _blas = threading.RLock()
 
 @contextlib.contextmanager
 def threads(num_threads: int) -> Iterator[Run]:
-    """Start threads, and hold the BLAS to one thread until they have ended.
+    """Start threads beside the caller's, and hold the BLAS to one until they have ended.
 
     Parameters
     ----------
@@ -40,7 +41,8 @@ def threads(num_threads: int) -> Iterator[Run]:
     Yields
     ------
     callable
-        ``run(function, *shares)``: the list of what ``map`` would give, each call in a thread.
+        ``run(function, *shares)``: the list of what ``map`` would give.  Every thread, the
+        caller's too, takes one share after the other.
 
     Raises
     ------
@@ -75,18 +77,29 @@ def threads(num_threads: int) -> Iterator[Run]:
         yield lambda function, *shares: list(map(function, *shares))
         return
 
-    def run(function: Callable[..., Any], *shares: Iterable[Any]) -> list[Any]:
+    def run(function: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
+        shares = list(zip(*arguments, strict=True))
+        results: list[Any] = [None] * len(shares)
+        todo = enumerate(shares)
+
+        def work() -> None:
+            for index, share in todo:
+                results[index] = function(*share)
+
         # Each in a copy of the caller's context, where numpy.errstate lives.
-        futures = [
-            pool.submit(contextvars.copy_context().run, function, *share)
-            for share in zip(*shares, strict=True)
+        helpers = [
+            pool.submit(contextvars.copy_context().run, work)
+            for _ in range(min(num_threads, len(shares)) - 1)
         ]
-        return [future.result() for future in futures]
+        work()
+        for helper in helpers:
+            helper.result()
+        return results
 
     with (
         _blas,
         _controller().limit(limits=1, user_api="blas"),
-        concurrent.futures.ThreadPoolExecutor(num_threads) as pool,
+        concurrent.futures.ThreadPoolExecutor(num_threads - 1) as pool,
     ):
         yield run
 
@@ -109,6 +122,23 @@ def split(length: int, num_shares: int) -> list[slice]:
     size, rest = divmod(length, num_shares)
     ends = [size * share + min(share, rest) for share in range(num_shares + 1)]
     return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
+def deal(items: Iterable[Item], num_shares: int) -> list[list[Item]]:
+    """Deal items out one by one, as cards are.
+
+    Parameters
+    ----------
+    items : iterable
+    num_shares : int
+
+    Examples
+    --------
+    >>> deal("abcde", 2)
+    [['a', 'c', 'e'], ['b', 'd']]
+    """
+    items = list(items)
+    return [items[share::num_shares] for share in range(num_shares)]
 
 
 @functools.cache

@@ -16,6 +16,8 @@ Tree: TypeAlias = dict[str, Any]
 Index: TypeAlias = types.EllipsisType | tuple[Any, ...]
 """What selects positions of an array [batch, length, ...]; ``...`` selects all."""
 
+_PIECE = 2**18
+
 
 def flatten(tree: Any) -> dict[str, Array]:
     """Name every leaf of a tree.
@@ -42,20 +44,22 @@ def flatten(tree: Any) -> dict[str, Array]:
     >>> flatten({"blocks": [{"scale": np.ones(2)}]})
     {'blocks.0.scale': array([1., 1.])}
     """
-    return dict(_leaves(tree, ""))
+    leaves: dict[str, Array] = {}
+    _collect(tree, "", leaves)
+    return leaves
 
 
-def _leaves(node: Any, name: str) -> Iterator[tuple[str, Array]]:
+def _collect(node: Any, name: str, leaves: dict[str, Array]) -> None:
     if isinstance(node, dict):
         for key, child in node.items():
             if not isinstance(key, str) or not key or "." in key or key.isdecimal():
                 raise ValueError(f"tree: key {key!r} under {name or 'the root'!r} is not a name")
-            yield from _leaves(child, f"{name}.{key}" if name else key)
+            _collect(child, f"{name}.{key}" if name else key, leaves)
     elif isinstance(node, list):
         for index, child in enumerate(node):
-            yield from _leaves(child, f"{name}.{index}" if name else str(index))
+            _collect(child, f"{name}.{index}" if name else str(index), leaves)
     elif isinstance(node, np.ndarray):
-        yield name, node
+        leaves[name] = node
     elif node is not None:
         raise TypeError(
             f"tree: {name or 'the root'!r} is {type(node).__name__}, expected dict, list or array"
@@ -145,6 +149,26 @@ def map_leaves(function: Callable[..., Array], tree: Any, *others: Any) -> Any:
             for child, *children in zip(tree, *others, strict=True)
         ]
     return None if tree is None else function(tree, *others)
+
+
+def pieces(tree: Any, *others: Any) -> Iterator[tuple[Array, ...]]:
+    """Cut the leaves of trees of the same structure into pieces that fit into a cache.
+
+    Parameters
+    ----------
+    tree, *others : trees
+
+    Yields
+    ------
+    tuple of array
+        Views of the same part of a leaf of each tree, along its first axis.
+    """
+    leaves_of_others = [flatten(other) for other in others]
+    for name, first in flatten(tree).items():
+        leaves = [np.atleast_1d(leaf) for leaf in (first, *(o[name] for o in leaves_of_others))]
+        rows = max(1, _PIECE * len(leaves[0]) // max(1, first.size))
+        for start in range(0, len(leaves[0]), rows):
+            yield tuple(leaf[start : start + rows] for leaf in leaves)
 
 
 def check_like(argument: str, tree: Any, shapes: Mapping[str, tuple[int, ...]]) -> np.dtype[Any]:

@@ -109,9 +109,11 @@ def test_threads_have_the_errstate_of_the_caller():
 
 def test_without_threadpoolctl_it_goes_on_with_one_thread_and_says_so(monkeypatch):
     monkeypatch.setattr(parallel, "threadpoolctl", None)
-    with pytest.warns(RuntimeWarning, match=r'pip install "marref\[fast\]"'):
-        with parallel.threads(2) as run:
-            assert run(lambda a, b: a + b, [1, 2], [3, 4]) == [4, 6]
+    with (
+        pytest.warns(RuntimeWarning, match=r'pip install "marref\[fast\]"'),
+        parallel.threads(2) as run,
+    ):
+        assert run(lambda a, b: a + b, [1, 2], [3, 4]) == [4, 6]
     with parallel.threads(1) as run:
         assert run(str, [1]) == ["1"]
 
@@ -127,7 +129,7 @@ def test_shares_are_contiguous_and_almost_equal(length, num_shares):
 
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_adam_in_place_and_in_threads_is_adam(monkeypatch, num_threads):
-    monkeypatch.setattr(optim, "_PIECE", 10)
+    monkeypatch.setattr(trees, "_PIECE", 10)
     rng = np.random.default_rng(0)
     shapes = {"scalar": (), "vector": (25,), "matrix": (7, 4), "empty": (0, 3)}
     params, first, second = (
@@ -139,7 +141,7 @@ def test_adam_in_place_and_in_threads_is_adam(monkeypatch, num_threads):
     monkeypatch.undo()
     pure, pure_state = optim.step(params, first, state, 0.1, weight_decay=0.1)
     pure, pure_state = optim.step(pure, second, pure_state, 0.1, weight_decay=0.1)
-    monkeypatch.setattr(optim, "_PIECE", 10)
+    monkeypatch.setattr(trees, "_PIECE", 10)
 
     arrays = trees.flatten({"params": params, **state})
     options = {"weight_decay": 0.1, "in_place": True, "num_threads": num_threads}

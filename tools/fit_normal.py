@@ -1,4 +1,4 @@
-"""Find the coefficients of the normal distribution function in marref/layers/gelu.py.
+"""Find the coefficients of the normal distribution function in marref/normal.py.
 
     python tools/fit_normal.py
 

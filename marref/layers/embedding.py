@@ -14,6 +14,7 @@ import functools
 
 import numpy as np
 import numpy.typing as npt
+from scipy.sparse import csr_array
 
 from marref import checks
 from marref.trees import Array, Tree
@@ -62,7 +63,10 @@ def backward(params: Tree, dx: Array, cache: Array) -> Tree:
     """Push ``dx`` back to the table; tokens, being integers, have no gradient.
 
     Row v takes part wherever tokens[b, p] = v, so dtable[v] is the *sum* of dx over all those
-    places (an assignment would keep only the last); P is constant.
+    places (an assignment would keep only the last); P is constant.  With the one-hot matrix
+    H[b p, v] = [tokens[b, p] = v], which is almost all zeros,
+
+        x = H table + P     so     dtable = Hᵀ dx
 
     Returns
     -------
@@ -70,7 +74,9 @@ def backward(params: Tree, dx: Array, cache: Array) -> Tree:
         Like ``params``.
     """
     dtable = np.zeros_like(params["table"])
-    np.add.at(dtable, cache, dx)
+    ids, rows = cache.ravel(), np.arange(cache.size + 1)
+    one_hot = csr_array((np.ones(cache.size, dx.dtype), ids, rows), (cache.size, len(dtable)))
+    dtable += one_hot.T @ dx.reshape(cache.size, -1)
     return {"table": dtable}
 
 

@@ -41,9 +41,8 @@ def forward(params: Tree, x: Array, epsilon: float) -> tuple[Array, Tree]:
         ``inverse_std`` 1/sqrt(σ² + ε) [..., 1].
     """
     # Two passes: mean(x²) - μ² is off by 10% in float32 at mean 1000, standard deviation 1.
-    centred = x - x.mean(axis=-1, keepdims=True)
-    variance = (centred * centred).mean(axis=-1, keepdims=True)
-    inverse_std = 1.0 / np.sqrt(variance + epsilon)
+    centred = x - _mean(x)
+    inverse_std = 1.0 / np.sqrt(_mean(centred * centred) + epsilon)
     normalised = centred * inverse_std
     y = normalised * params["scale"] + params["bias"]
     return y, {"normalised": normalised, "inverse_std": inverse_std}
@@ -80,8 +79,13 @@ def backward(params: Tree, dy: Array, cache: Tree) -> tuple[Array, Tree]:
     """
     normalised = cache["normalised"]
     dnormalised = dy * params["scale"]
-    mean = dnormalised.mean(axis=-1, keepdims=True)
-    correlation = (dnormalised * normalised).mean(axis=-1, keepdims=True)
+    mean, correlation = _mean(dnormalised), _mean(dnormalised * normalised)
     dx = cache["inverse_std"] * (dnormalised - mean - normalised * correlation)
     positions = tuple(range(dy.ndim - 1))
     return dx, {"scale": (dy * normalised).sum(axis=positions), "bias": dy.sum(axis=positions)}
+
+
+def _mean(x: Array) -> Array:
+    """Mean over the features; the sum is a product with ones, which NumPy does faster."""
+    mean: Array = (x @ np.ones(x.shape[-1], x.dtype))[..., np.newaxis] / x.shape[-1]
+    return mean

@@ -1,0 +1,217 @@
+"""What is measured: the configurations, the contestants, and the cases."""
+
+import dataclasses
+import os
+from collections.abc import Sequence
+
+NUM_STEPS = 8
+LEARNING_RATE = 1e-3
+MASK_RATIO = 0.5
+MASK_TOKEN = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The sizes of a model."""
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    seq_len: int
+
+
+CONFIGS = {
+    "seed": Config(vocab_size=8192, embed_dim=256, num_layers=6, num_heads=8, seq_len=256),
+    "small": Config(vocab_size=18, embed_dim=64, num_layers=2, num_heads=8, seq_len=64),
+    "tiny": Config(vocab_size=18, embed_dim=16, num_layers=1, num_heads=2, seq_len=16),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """A module of `benchmarks.contestants`, and which of its variants to run."""
+
+    module: str
+    variant: str
+
+
+EAGER = "PyTorch eager"
+MARREF = "marref"
+DEFAULTS = "marref, defaults"
+COMPILED = "torch.compile"
+JAX = "JAX jit"
+NUMPY = "NumPy"
+
+CONTESTANTS = {
+    EAGER: Contestant("in_torch", "plain"),
+    "PyTorch gathered": Contestant("in_torch", "gathered"),
+    "PyTorch gathered, fused Adam": Contestant("in_torch", "fused"),
+    COMPILED: Contestant("in_torch", "compiled"),
+    JAX: Contestant("in_jax", "jit"),
+    MARREF: Contestant("in_numpy", "fast"),
+    DEFAULTS: Contestant("in_numpy", "defaults"),
+    NUMPY: Contestant("in_numpy", "product"),
+}
+
+IN_TRAINING = tuple(name for name in CONTESTANTS if name != NUMPY)
+IN_DECODING = (EAGER, COMPILED, JAX, MARREF, DEFAULTS)
+PAIR = (EAGER, MARREF)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One thing that several contestants do.
+
+    Parameters
+    ----------
+    section : {"training", "decoding", "length", "batch", "neighbour", "product"}
+        Where the report shows it.
+    name : str
+    task : {"training", "decoding", "product"}
+        A training step, a whole decode, or the product of two square matrices.
+    contestants : sequence of str
+    config : str
+        A key of `CONFIGS`.
+    seq_len : int
+        For a product, the side of the matrices.
+    batch : int
+    dtype : {"float32", "float64"}
+    dropout : float
+    num_threads : int
+        What marref is told to use.
+    calls : int
+        The calls that one measurement is the mean of; several where one is short.
+    """
+
+    section: str
+    name: str
+    task: str
+    contestants: Sequence[str]
+    config: str
+    seq_len: int
+    batch: int
+    dtype: str = "float32"
+    dropout: float = 0.0
+    num_threads: int = dataclasses.field(default_factory=lambda: os.cpu_count() or 1)
+    calls: int = 1
+
+
+def all_cases() -> list[Case]:
+    """List the cases in the order in which they run."""
+    cases = [_product(dtype, 4096) for dtype in ("float32", "float64")]
+    for config, batch, dtype in (
+        ("seed", 4, "float32"),
+        ("seed", 16, "float32"),
+        ("small", 64, "float32"),
+        ("seed", 4, "float64"),
+        ("small", 64, "float64"),
+    ):
+        cases += [_training(config, batch, dtype, dropout) for dropout in (0.0, 0.1)]
+    for dtype in ("float32", "float64"):
+        for config in ("seed", "small"):
+            for batch in (1, 16):
+                cases.append(_decoding(config, batch, dtype))
+    cases += [_growth("length", "seed", length, 4) for length in (64, 128, 256, 512, 1024)]
+    cases += [_growth("batch", "seed", 256, batch) for batch in (1, 2, 4, 8, 16, 32)]
+    return [*cases, _neighbour("seed", 4)]
+
+
+def quick_cases() -> list[Case]:
+    """List a few cases of a tiny model, which exercise everything that `all_cases` does."""
+    return [
+        _product("float32", 512),
+        _product("float64", 512),
+        _training("tiny", 2, "float32", 0.1),
+        _training("tiny", 2, "float64", 0.0),
+        _decoding("tiny", 2, "float32"),
+        _decoding("tiny", 2, "float64"),
+        _growth("length", "tiny", 8, 2),
+        _growth("batch", "tiny", 16, 1),
+        _neighbour("tiny", 2),
+    ]
+
+
+def _product(dtype: str, side: int) -> Case:
+    name = f"product, {dtype}"
+    return Case("product", name, "product", (NUMPY, EAGER), "", side, 1, dtype)
+
+
+def _training(config: str, batch: int, dtype: str, dropout: float) -> Case:
+    return Case(
+        section="training",
+        name=f"training, {config}, batch {batch}, {dtype}, dropout {dropout:g}",
+        task="training",
+        contestants=IN_TRAINING if dtype == "float32" else PAIR,
+        config=config,
+        seq_len=CONFIGS[config].seq_len,
+        batch=batch,
+        dtype=dtype,
+        dropout=dropout,
+        calls=1 if config == "seed" else 4,
+    )
+
+
+def _decoding(config: str, batch: int, dtype: str) -> Case:
+    case = Case(
+        section="decoding",
+        name=f"decoding, {config}, batch {batch}, {dtype}",
+        task="decoding",
+        contestants=IN_DECODING if dtype == "float32" else PAIR,
+        config=config,
+        seq_len=CONFIGS[config].seq_len,
+        batch=batch,
+        dtype=dtype,
+        calls=1 if config == "seed" else 8,
+    )
+    # The matrices of a single short sequence are too small to share between threads.
+    return dataclasses.replace(case, num_threads=1) if config != "seed" and batch == 1 else case
+
+
+def _growth(section: str, config: str, length: int, batch: int) -> Case:
+    grown = length if section == "length" else batch
+    return Case(section, f"growth, {section} {grown}", "training", PAIR, config, length, batch)
+
+
+def _neighbour(config: str, batch: int) -> Case:
+    length = CONFIGS[config].seq_len
+    contestants = (EAGER, MARREF, DEFAULTS)
+    return Case("neighbour", "busy neighbour", "training", contestants, config, length, batch)
+
+
+def needed_flops(case: Case, num_masked: int, reveal_counts: Sequence[int]) -> float:
+    """Count the floating-point operations that a case cannot do without.
+
+    A product of matrices [m, k] and [k, n] takes 2·m·n·k of them; nothing else is counted.  The
+    head, and the query, output and feed-forward of the last block, are needed at the masked
+    positions only, since nothing else reaches the loss or the prediction.  A backward pass
+    takes twice what the forward does.
+
+    Parameters
+    ----------
+    case : Case
+    num_masked : int
+        Masked positions of a sequence in training.
+    reveal_counts : sequence of int
+        What each step of decoding reveals.
+    """
+    if case.task == "product":
+        return 2.0 * case.seq_len**3
+    if case.task == "training":
+        return 3.0 * _forward_flops(case, num_masked)
+    remaining = [sum(reveal_counts[step:]) for step in range(len(reveal_counts))]
+    return sum(_forward_flops(case, masked) for masked in remaining)
+
+
+def _forward_flops(case: Case, num_masked: int) -> float:
+    config = CONFIGS[case.config]
+    features = config.embed_dim
+    positions, rows = case.batch * case.seq_len, case.batch * num_masked
+
+    def block(needed: int) -> float:
+        """Key and value at every position, everything else at those that are needed."""
+        kernels = 2.0 * features**2 * (2 * positions + 2 * needed + 8 * needed)
+        return kernels + 4.0 * needed * case.seq_len * features
+
+    head = 2.0 * rows * features * config.vocab_size
+    return (config.num_layers - 1) * block(positions) + block(rows) + head

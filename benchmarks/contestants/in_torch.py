@@ -1,0 +1,196 @@
+"""MAR as a PyTorch user writes it: eager and compiled, head everywhere or where masked."""
+
+from collections.abc import Callable, Iterator, Mapping
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.cases import CONFIGS, LEARNING_RATE, MASK_TOKEN, Case
+from benchmarks.contestants import layout
+
+Array = npt.NDArray[np.generic]
+
+
+def tiny_operation() -> None:
+    """Make PyTorch load what it loads late: its BLAS, autograd, the optimiser."""
+    weight = nn.Parameter(torch.ones(8, 8))
+    (weight @ weight).sum().backward()
+    torch.optim.Adam([weight]).step()
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention."""
+
+    def __init__(self, embed_dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(embed_dim, 3 * embed_dim)
+        self.output = nn.Linear(embed_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, length, embed_dim] -> the same."""
+        batch, length, embed_dim = x.shape
+        heads = (batch, length, self.num_heads, embed_dim // self.num_heads)
+        query, key, value = (part.view(heads).transpose(1, 2) for part in self.qkv(x).chunk(3, -1))
+        context = F.scaled_dot_product_attention(query, key, value)
+        return self.output(context.transpose(1, 2).reshape(batch, length, embed_dim))
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with a GELU between them."""
+
+    def __init__(self, embed_dim: int):
+        super().__init__()
+        self.up = nn.Linear(embed_dim, 4 * embed_dim)
+        self.down = nn.Linear(4 * embed_dim, embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, length, embed_dim] -> the same."""
+        return self.down(F.gelu(self.up(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm block."""
+
+    def __init__(self, embed_dim: int, num_heads: int, dropout: float):
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(embed_dim)
+        self.attention = Attention(embed_dim, num_heads)
+        self.feed_forward_norm = nn.LayerNorm(embed_dim)
+        self.feed_forward = FeedForward(embed_dim)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[batch, length, embed_dim] -> the same."""
+        x = x + self.dropout(self.attention(self.attention_norm(x)))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class MAR(nn.Module):
+    """The model, with the weights of ``arrays``."""
+
+    positions: Tensor
+
+    def __init__(self, case: Case, arrays: Mapping[str, Array]):
+        super().__init__()
+        config = CONFIGS[case.config]
+        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.register_buffer("positions", torch.from_numpy(arrays["positions"]))
+        self.dropout = nn.Dropout(case.dropout)
+        self.blocks = nn.ModuleList(
+            Block(config.embed_dim, config.num_heads, case.dropout)
+            for _ in range(config.num_layers)
+        )
+        self.final_norm = nn.LayerNorm(config.embed_dim)
+        self.head = nn.Linear(config.embed_dim, config.vocab_size)
+        self.to(getattr(torch, case.dtype))
+        for name, view in self.views(lambda parameter: parameter.data):
+            view.copy_(torch.from_numpy(layout.read(arrays, name)))
+
+    def encode(self, tokens: Tensor) -> Tensor:
+        """Run everything below the head."""
+        x = self.dropout(self.embedding(tokens) + self.positions)
+        for block in self.blocks:
+            x = block(x)
+        return self.final_norm(x)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits at all positions."""
+        return self.head(self.encode(tokens))
+
+    def loss_at_rows(self, tokens: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
+        """Loss with the head at the masked positions only."""
+        return F.cross_entropy(self.head(self.encode(tokens).flatten(0, 1)[rows]), labels)
+
+    def views(self, select: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
+        """Yield what ``select`` takes from each parameter, in marref's layout and by its names."""
+        for name, parameter in self.named_parameters():
+            owner, kind = name.rsplit(".", 1)
+            tensor = select(parameter)
+            if kind == "bias":
+                yield name, tensor
+            elif owner == "embedding":
+                yield f"{owner}.table", tensor
+            elif tensor.ndim == 1:
+                yield f"{owner}.scale", tensor
+            else:
+                yield f"{owner}.kernel", tensor.T
+
+
+class Training:
+    """A step of training, plain, gathered, with fused Adam, or compiled besides."""
+
+    def __init__(self, case: Case, arrays: Mapping[str, Array], variant: str):
+        self.model = MAR(case, arrays)
+        self.optimizer = torch.optim.Adam(
+            self.model.parameters(), lr=LEARNING_RATE, fused=variant in ("fused", "compiled")
+        )
+        self.tokens, self.targets, self.mask = (
+            torch.from_numpy(arrays[name]) for name in ("tokens", "targets", "mask")
+        )
+        self.gathered = variant != "plain"
+        self.loss_at_rows = self.model.loss_at_rows
+        if variant == "compiled":
+            self.loss_at_rows = torch.compile(self.loss_at_rows)
+
+    def loss(self) -> Tensor:
+        """Cross-entropy over the masked positions."""
+        if self.gathered:
+            rows = self.mask.flatten().nonzero()[:, 0]
+            return self.loss_at_rows(self.tokens, rows, self.targets.flatten()[rows])
+        return F.cross_entropy(self.model(self.tokens)[self.mask], self.targets[self.mask])
+
+    def run(self) -> None:
+        """Take one step."""
+        self.optimizer.zero_grad()
+        self.loss().backward()
+        self.optimizer.step()
+
+    def loss_and_gradients(self) -> tuple[float, dict[str, Array]]:
+        """Loss, and gradients by marref's names."""
+        self.optimizer.zero_grad()
+        loss = self.loss()
+        loss.backward()
+        views = self.model.views(lambda parameter: parameter.grad)
+        return loss.item(), layout.split({name: view.numpy() for name, view in views})
+
+
+class Decoding:
+    """Generate from nothing."""
+
+    def __init__(self, case: Case, arrays: Mapping[str, Array], variant: str):
+        model = MAR(case, arrays).eval()
+        self.logits = torch.compile(model) if variant == "compiled" else model
+        self.reveal_counts = arrays["reveal_counts"].tolist()
+        self.shape = (case.batch, case.seq_len)
+
+    @torch.inference_mode()
+    def run(self) -> Array:
+        """Decode once."""
+        tokens = torch.full(self.shape, MASK_TOKEN)
+        for count in self.reveal_counts:
+            logits = self.logits(tokens)
+            logits[..., MASK_TOKEN] = -torch.inf
+            confidence, predicted = logits.softmax(-1).max(-1)
+            confidence[tokens != MASK_TOKEN] = -1
+            revealed = confidence.topk(count).indices
+            tokens.scatter_(1, revealed, predicted.gather(1, revealed))
+        return tokens.numpy()
+
+
+class Product:
+    """The product of two square matrices."""
+
+    def __init__(self, case: Case, arrays: Mapping[str, Array], variant: str):
+        shape = (2, case.seq_len, case.seq_len)
+        self.left, self.right = torch.rand(shape, dtype=getattr(torch, case.dtype))
+
+    def run(self) -> None:
+        """Multiply once."""
+        self.left @ self.right
+
+
+TASKS = {"training": Training, "decoding": Decoding, "product": Product}
