@@ -12,6 +12,7 @@ How many are revealed in a step is the reveal schedule's word (`marref.schedules
 2022 (MaskGIT, arXiv 2202.04200, section 3.2) introduced the scheme.
 """
 
+import math
 from typing import Any
 
 import numpy as np
@@ -25,7 +26,7 @@ from marref.trees import Array, Tree
 
 ORDERS = ("confidence", "random")
 
-_LOGITS_AT_ONCE = 2**22
+_LOGITS_AT_ONCE = 2**20
 
 
 def iterative_decode(
@@ -149,7 +150,7 @@ def iterative_decode(
                 logits[:, mask_token_id] = -np.inf
             return _predict(logits, temperature, None if uniforms is None else uniforms[part])
 
-        num_parts = max(num_threads, len(hidden) * model.vocab_size // _LOGITS_AT_ONCE)
+        num_parts = math.ceil(len(hidden) * model.vocab_size / _LOGITS_AT_ONCE)
         parts = run(share, parallel.split(len(hidden), num_parts))
         predicted, log_confidence = map(np.concatenate, zip(*parts, strict=True))
         return predicted, log_confidence

@@ -416,7 +416,7 @@ def encode(model: MAR, params: Tree, tokens: Array, rows: Index = ...) -> Array:
     for block_params, block_rows in zip(
         params["blocks"], _rows_of_blocks(model, rows), strict=True
     ):
-        x, _ = block_forward(model, block_params, x, None, block_rows)
+        x = block_forward(model, block_params, x, None, block_rows)[0]
     return x
 
 
