@@ -7,7 +7,7 @@
 
 Submodules: `marref.layers` (each layer, forward and backward), `marref.model`, `marref.loss`,
 `marref.masking`, `marref.schedules`, `marref.decoding`, `marref.optim`, `marref.training`,
-`marref.data`, `marref.files`, `marref.trees`, `marref.verify`.
+`marref.parallel`, `marref.memory`, `marref.data`, `marref.files`, `marref.trees`, `marref.verify`.
 """
 
 from marref import (

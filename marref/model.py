@@ -30,6 +30,9 @@ from marref.layers import block, dropout, embedding, gelu, layer_norm, linear
 from marref.layers.dropout import Uniforms
 from marref.trees import Array, Index, Tree
 
+# The most features, batch·length·embed_dim, that a thread trains on at a time.
+_SHARE = 2**18
+
 
 @dataclasses.dataclass(frozen=True)
 class MAR:
@@ -273,8 +276,8 @@ def loss_and_grads(
     rng : numpy.random.Generator, optional
         Given: dropout is on.
     num_threads : int
-        More than 1: the batch is split among that many threads, see `marref.parallel.threads`.
-        The same number gives the same bits, another one the same result up to rounding.
+        More than 1: that many threads share the batch, see `marref.parallel.threads`.  The same
+        number gives the same bits, another one the same result up to rounding.
 
     Returns
     -------
@@ -295,6 +298,7 @@ def loss_and_grads(
     mask = checks.binary_mask("mask", mask, tokens.shape)
     if rng is not None:
         checks.generator("rng", rng)
+    checks.integer("num_threads", num_threads, 1)
 
     shape = (*tokens.shape, model.embed_dim)
     num_masked = max(int(mask.sum()), 1)
@@ -304,16 +308,28 @@ def loss_and_grads(
             model, params, tokens[where], targets[where], mask[where], rng, num_masked
         )
 
-    wheres = parallel.split(len(tokens), num_threads)
+    num_shares = max(num_threads, tokens.size * model.embed_dim // _SHARE)
+    wheres = parallel.split(len(tokens), num_shares)
     rngs = [rng, *(copy.deepcopy(rng) for _ in wheres[1:])]
     draws = [rng and _Part(rng, shape, where) for rng, where in zip(rngs, wheres, strict=True)]
+    value: Any = 0.0
+    sums: list[Tree] = []
+    with parallel.threads(min(num_threads, len(wheres))) as run:
+        # One share a thread at a time: what the others need takes no memory yet.
+        for first in range(0, len(wheres), num_threads):
+            group = slice(first, first + num_threads)
+            values, grads = zip(*run(share, wheres[group], draws[group]), strict=True)
+            value += sum(values)
+            sums = [_add_up(*sums, *grads)]
+    return value, sums[0]
 
-    with parallel.threads(len(wheres)) as run:
-        values, grads = zip(*run(share, wheres, draws), strict=True)
-    for total, *terms in trees.pieces(*grads):
-        for term in terms:
-            total += term
-    return sum(values), grads[0]
+
+def _add_up(total: Tree, *terms: Tree) -> Tree:
+    """Add trees to the first of them, in place."""
+    for sums, *others in trees.pieces(total, *terms):
+        for other in others:
+            sums += other
+    return total
 
 
 class _Part:

@@ -14,6 +14,7 @@ PARAMS = MODEL.init(np.random.default_rng(0))
 TOKENS = np.ones((2, 3), int)
 LOGITS = np.zeros((2, 3, 5))
 MASK = np.ones((2, 3), bool)
+READ_ONLY = trees.map_leaves(lambda leaf: np.broadcast_to(leaf, leaf.shape), PARAMS)
 STATE = optim.init(PARAMS)
 
 
@@ -174,6 +175,14 @@ BAD_CALLS = {
     "seq_len: received 7, expected an integer in [1, 6]": decode(seq_len=7),
     "num_steps: received 0, expected an integer >= 1": decode(num_steps=0),
     "mask_token_id: received 5, expected an integer in [0, 4]": decode(mask_token_id=5),
+    "num_threads: received 0, expected an integer >= 1": decode(num_threads=0),
+    "num_threads: received -1": lambda: marref.loss_and_grads(
+        MODEL, PARAMS, TOKENS, TOKENS, MASK, num_threads=-1
+    ),
+    "num_threads: received 1.5": lambda: optim.step(PARAMS, PARAMS, STATE, 0.1, num_threads=1.5),
+    "params: embedding.table is read-only, expected arrays to write to": lambda: optim.step(
+        READ_ONLY, PARAMS, STATE, 0.1, in_place=True
+    ),
     "temperature: received 0, expected a number in (0, inf)": decode(temperature=0),
     "temperature: received inf": decode(temperature=float("inf")),
     "batch_size: received 0": decode(batch_size=0),

@@ -21,9 +21,18 @@ def blas_threads():
     return {pool["num_threads"] for pool in pools}
 
 
-@given(case=strategies.cases(dropout=0.3, max_batch=5), num_threads=st.integers(2, 6))
-@settings(max_examples=50)
-def test_threads_change_nothing_but_rounding_in_loss_and_gradients(case, num_threads):
+@pytest.mark.parametrize("features", [1, 2**18])
+@given(case=strategies.cases(dropout=0.3, max_batch=5), num_threads=st.integers(1, 6))
+@settings(max_examples=40)
+def test_threads_and_shares_change_nothing_but_rounding_in_loss_and_gradients(
+    features, case, num_threads
+):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(marref.model, "_SHARE", features)
+        assert_sharing_changes_nothing(case, num_threads)
+
+
+def assert_sharing_changes_nothing(case, num_threads):
     model, params, tokens, targets, mask, seed = case
     batch = (tokens, targets, mask)
 

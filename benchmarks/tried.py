@@ -1,0 +1,165 @@
+"""Measure what marref does beside what was tried in its place and did not pay.
+
+    python -m benchmarks.tried
+
+Prints, for each, the time as a ratio to marref's, the median of 9 interleaved rounds, with
+memory kept and a BLAS of one thread.
+"""
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+
+import numpy as np
+from scipy.special import ndtr
+
+import marref
+from marref import decoding, memory, normal, optim, parallel, trees
+from marref.layers import attention, embedding
+
+ROUNDS = 9
+SEED = marref.build(vocab_size=8192, dropout=0.0)
+SMALL = marref.build(
+    vocab_size=18, embed_dim=64, num_layers=2, num_heads=8, seq_len=64, dropout=0.0
+)
+
+Ways = Mapping[str, Callable[[], object]]
+
+
+def compare(what: str, ways: Ways) -> None:
+    """Print the ratio of every way to the first, which is marref's."""
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(ROUNDS + 1):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            way()
+            seconds[name].append(time.perf_counter() - start)
+    first = next(iter(ways))
+    for name, times in seconds.items():
+        ratios = [a / b for a, b in zip(times[1:], seconds[first][1:], strict=True)]
+        milliseconds = 1e3 * statistics.median(times[1:])
+        print(f"| {what} | {name} | {statistics.median(ratios):.2f} | {milliseconds:.3g} |")
+
+
+def gelu_gate() -> Ways:
+    """Φ of the hidden layer of two sequences."""
+    x = np.random.default_rng(0).standard_normal((512, 1024), np.float32)
+
+    def in_chunks(rows: int) -> None:
+        for start in range(0, len(x), rows):
+            normal.distribution(x[start : start + rows])
+
+    return {
+        "in passes over the array": lambda: normal.distribution(x),
+        "in passes over 2¹⁴ numbers at a time": lambda: in_chunks(16),
+        "scipy.special.ndtr": lambda: ndtr(x),
+    }
+
+
+def attention_scores() -> Ways:
+    """Q Kᵀ and softmax of two sequences."""
+    rng = np.random.default_rng(0)
+    query, key = (rng.standard_normal((2, 256, 8, 32), np.float32).swapaxes(1, 2) for _ in range(2))
+    return {
+        "heads where they lie": lambda: attention._softmax(query @ key.mT),
+        "heads copied side by side": lambda: attention._softmax(query.copy() @ key.copy().mT),
+        "queries along the last axis of memory": lambda: attention._softmax((key @ query.mT).mT),
+    }
+
+
+def embedding_gradient() -> Ways:
+    """Gradient of the table from two sequences."""
+    rng = np.random.default_rng(0)
+    params = {"table": np.zeros((8192, 256), np.float32)}
+    tokens = np.where(rng.random((2, 256)) < 0.5, 0, rng.integers(8192, size=(2, 256)))
+    dx = rng.standard_normal((2, 256, 256), np.float32)
+
+    def add_at() -> None:
+        np.add.at(np.zeros_like(params["table"]), tokens, dx)
+
+    def sorted_sums() -> None:
+        table = np.zeros_like(params["table"])
+        order = np.argsort(tokens, axis=None, kind="stable")
+        ids, starts = np.unique(tokens.ravel()[order], return_index=True)
+        table[ids] = np.add.reduceat(dx.reshape(-1, 256)[order], starts, axis=0)
+
+    return {
+        "sparse product": lambda: embedding.backward(params, dx, tokens),
+        "np.add.reduceat after sorting": sorted_sums,
+        "np.add.at": add_at,
+    }
+
+
+def adam() -> Ways:
+    """Step on the parameters of the seed configuration, in two threads."""
+    params = SEED.init(np.random.default_rng(0), np.float32)
+    state = optim.init(params)
+
+    def step(piece: int, num_threads: int = 2) -> Callable[[], None]:
+        def run() -> None:
+            default, trees._PIECE = trees._PIECE, piece
+            optim.step(params, params, state, 1e-3, in_place=True, num_threads=num_threads)
+            trees._PIECE = default
+
+        return run
+
+    return {
+        "pieces of 2¹⁸ numbers": step(2**18),
+        "pieces of 2¹⁵": step(2**15),
+        "one piece an array": step(2**40),
+        "pieces of 2¹⁸, one thread": step(2**18, 1),
+    }
+
+
+def logits_at_once() -> Ways:
+    """Decode the seed configuration, batch 1, two threads."""
+    params = SEED.init(np.random.default_rng(0), np.float32)
+
+    def decode(count: int, num_threads: int = 2) -> Callable[[], None]:
+        def run() -> None:
+            default, decoding._LOGITS_AT_ONCE = decoding._LOGITS_AT_ONCE, count
+            marref.iterative_decode(SEED, params, num_threads=num_threads)
+            decoding._LOGITS_AT_ONCE = default
+
+        return run
+
+    return {
+        "2²⁰ logits at once": decode(2**20),
+        "2¹⁷ at once": decode(2**17),
+        "all at once": decode(2**40),
+    }
+
+
+def shares() -> Ways:
+    """Decode the small configuration, batch 16, in shares of some sequences."""
+    params = SMALL.init(np.random.default_rng(0), np.float32)
+
+    def decode(size: int) -> Callable[[], None]:
+        split = parallel.split
+
+        def run() -> None:
+            parallel.split = lambda length, num: split(length, max(num, length // size))
+            marref.iterative_decode(SMALL, params, batch_size=16, num_threads=2)
+            parallel.split = split
+
+        return run
+
+    return {"8 sequences": decode(8), "4": decode(4), "2": decode(2), "1": decode(1)}
+
+
+def main() -> None:
+    """Compare everything."""
+    memory.keep_freed()
+    print("| what | how | time / marref | milliseconds |")
+    print("| --- | --- | ---: | ---: |")
+    with parallel._controller().limit(limits=1, user_api="blas"):
+        compare("Φ in float32", gelu_gate())
+        compare("attention weights", attention_scores())
+        compare("embedding gradient", embedding_gradient())
+        compare("Adam", adam())
+        compare("logits in decoding", logits_at_once())
+        compare("a thread's share of a batch of 16", shares())
+
+
+if __name__ == "__main__":
+    main()
