@@ -18,6 +18,7 @@
 import copy
 import dataclasses
 import functools
+import operator
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -26,7 +27,16 @@ import numpy as np
 import numpy.typing as npt
 
 from marref import checks, loss, parallel, trees
-from marref.layers import block, dropout, embedding, gelu, layer_norm, linear
+from marref.layers import (
+    attention,
+    block,
+    dropout,
+    embedding,
+    feed_forward,
+    gelu,
+    layer_norm,
+    linear,
+)
 from marref.layers.dropout import Uniforms
 from marref.trees import Array, Index, Tree
 
@@ -320,15 +330,14 @@ def loss_and_grads(
             group = slice(first, first + num_threads)
             values, grads = zip(*run(share, wheres[group], draws[group]), strict=True)
             value += sum(values)
-            sums = [_add_up(*sums, *grads)]
+            sums = [_add_up(run, *sums, *grads)]
     return value, sums[0]
 
 
-def _add_up(total: Tree, *terms: Tree) -> Tree:
+def _add_up(run: parallel.Run, total: Tree, *terms: Tree) -> Tree:
     """Add trees to the first of them, in place."""
-    for sums, *others in trees.pieces(total, *terms):
-        for other in others:
-            sums += other
+    for term in terms:
+        run(operator.iadd, *zip(*trees.pieces(total, term), strict=True))
     return total
 
 
@@ -441,8 +450,7 @@ def encode_masked(
 ) -> Array:
     """Do as `encode`, for the masked positions: -> x [masked, embed_dim], in threads.
 
-    The threads share the sequences.  If there are more threads than sequences they share the
-    positions instead, block by block, and each computes the keys and values of all positions.
+    The threads share the sequences or, if there are more threads than sequences, each block.
     """
 
     def share(part: slice) -> Array:
@@ -452,21 +460,45 @@ def encode_masked(
     if num_threads <= len(tokens):
         return np.concatenate(run(share, parallel.split(len(tokens), num_threads)))
 
-    def rows_of(mask: Array) -> list[Index]:
-        (sequence, position), _ = masked_rows(mask)
-        parts = parallel.split(position.shape[1], num_threads)
-        return [(sequence, position[:, part]) for part in parts]
-
-    def output(block_params: Tree, x: Array, rows: Index) -> Array:
-        return block_forward(model, block_params, x, None, rows)[0]
-
+    rows, mask_of_rows = masked_rows(mask)
     x, _ = embedding.forward(params["embedding"], tokens, model.positions)
-    all_rows, last_rows = rows_of(np.ones_like(mask)), rows_of(mask)
-    for index, block_params in enumerate(params["blocks"], 1):
-        rows = all_rows if index < model.num_layers else last_rows
-        x = np.concatenate(run(functools.partial(output, block_params, x), rows), axis=1)
-    _, mask_of_rows = masked_rows(mask)
+    for block_params, block_rows in zip(
+        params["blocks"], _rows_of_blocks(model, rows), strict=True
+    ):
+        x = _shared_block(model, block_params, x, block_rows, run, num_threads)
     return x[mask_of_rows]
+
+
+def _shared_block(
+    model: MAR, block_params: Tree, x: Array, rows: Index, run: parallel.Run, num_threads: int
+) -> Array:
+    """Do as `block_forward` without dropout.  Threads share the heads, and then the positions."""
+    source, _ = layer_norm.forward(block_params["attention_norm"], x, model.layer_norm_epsilon)
+
+    def attend(heads: slice) -> Array:
+        params = _of_heads(block_params["attention"], heads, model.embed_dim // model.num_heads)
+        return attention.forward(params, source, heads.stop - heads.start, rows)[0]
+
+    def feed_forward_branch(part: slice) -> Array:
+        norm, kernels = block_params["feed_forward_norm"], block_params["feed_forward"]
+        source, _ = layer_norm.forward(norm, x[:, part], model.layer_norm_epsilon)
+        return feed_forward.forward(kernels, source, model.gelu)[0]
+
+    x = x[rows] + sum(run(attend, parallel.split(model.num_heads, num_threads)))
+    x += np.concatenate(run(feed_forward_branch, parallel.split(x.shape[1], num_threads)), axis=1)
+    return x
+
+
+def _of_heads(params: Tree, heads: slice, head_dim: int) -> Tree:
+    """Make views of what an attention layer has for some heads; the outputs of all heads add up."""
+    features = slice(heads.start * head_dim, heads.stop * head_dim)
+    projections = {
+        name: {"kernel": kernel["kernel"][:, features], "bias": kernel["bias"][features]}
+        for name, kernel in params.items()
+    }
+    output = params["output"]
+    bias = output["bias"] if heads.start == 0 else np.zeros_like(output["bias"])
+    return {**projections, "output": {"kernel": output["kernel"][features], "bias": bias}}
 
 
 def _rows_of_blocks(model: MAR, rows: Index) -> list[Index]:

@@ -11,13 +11,13 @@ from scipy.special import ndtr
 
 from marref.trees import Array
 
-# Of 1/M in `_distribution_float32`, found by tools/fit_normal.py: c₄, b₃; c₃, b₂; c₂, b₁.
+# Of 1/M in `_float32`, found by tools/fit_normal.py: c₄, b₃; c₃, b₂; c₂, b₁.
 _B4, _C1 = 1.25793102, 0.797628486
 _LEVELS = ((22.5640795, 5.07344864), (-11.7879524, 2.48763778), (1.89085744, 1.23780324))
 
 
-def distribution(x: Array) -> Array:
-    """Compute Φ(x), for real or complex x.
+def distribution_and_density(x: Array) -> tuple[Array, Array]:
+    """Compute Φ(x) and φ(x), for real or complex x.
 
     Parameters
     ----------
@@ -25,37 +25,21 @@ def distribution(x: Array) -> Array:
 
     Returns
     -------
-    array
-        Of the shape and dtype of ``x``.  In float32 the error is below 1.2·2⁻²³ everywhere and,
-        for x < 0, below 3e-7 (1 + x²/2) relative to Φ(x): the rounding of x² in the exponent.
-    """
-    # Not for the subclass that rounds further, which stands for another precision.
-    if x.dtype == np.float32 and type(x) is np.ndarray and x.ndim > 0:
-        return _distribution_float32(x)
-    phi: Array = ndtr(x)
-    return phi
-
-
-def density(x: Array) -> Array:
-    """Compute φ(x) = exp(-x²/2)/√(2π), for real or complex x.
-
-    Parameters
-    ----------
-    x : array
-
-    Returns
-    -------
-    array
-        Of the shape and dtype of ``x``.
+    phi, density : arrays
+        Φ and φ = exp(-x²/2)/√(2π), of the shape and dtype of ``x``.  In float32 the error of Φ is
+        below 1.2·2⁻²³ everywhere and, for x < 0, below 3e-7 (1 + x²/2) relative to Φ(x): the
+        rounding of x² in the exponent.
     """
     with np.errstate(over="ignore"):
-        phi: Array = -0.5 * (x * x)
-    phi = np.exp(phi)
-    phi /= math.sqrt(2 * math.pi)
-    return phi
+        density: Array = -0.5 * (x * x)
+    density = np.exp(density)
+    density /= math.sqrt(2 * math.pi)
+    # Not for the subclass that rounds further, which stands for another precision.
+    fast = x.dtype == np.float32 and type(x) is np.ndarray and x.ndim > 0
+    return (_float32(x, density) if fast else ndtr(x)), density
 
 
-def _distribution_float32(x: Array) -> Array:
+def _float32(x: Array, density: Array) -> Array:
     """Compute Φ(x) from the density and Mills' ratio.
 
     With a = |x|,  Φ(-a) = φ(a) M(a)  and  Φ(a) = 1 - Φ(-a).  Mills' ratio M is taken from
@@ -75,7 +59,7 @@ def _distribution_float32(x: Array) -> Array:
     fraction += 1.0
     fraction *= a
     fraction += math.sqrt(2 / math.pi)
-    upper = np.divide(density(x), fraction, out=fraction)
+    upper = np.divide(density, fraction, out=fraction)
     phi: Array = np.greater(x, 0.0, out=a)  # 1 where x > 0, elsewhere 0.
     phi -= upper
     return np.abs(phi, out=phi)

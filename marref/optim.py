@@ -102,23 +102,22 @@ def step(
     if not in_place:
         params, state = trees.map_leaves(np.copy, params), trees.map_leaves(np.copy, state)
 
-    def update(pieces: list[tuple[Array, ...]]) -> None:
-        for param, grad, m, v in pieces:
-            m *= beta1
-            m += (1.0 - beta1) * grad
-            v *= beta2
-            v += (1.0 - beta2) * (grad * grad)
-            change = np.sqrt(v)
-            change += epsilon * math.sqrt(correction2)
-            np.divide(m, change, out=change)
-            change *= learning_rate * math.sqrt(correction2) / correction1
-            if weight_decay > 0.0:
-                param *= 1.0 - learning_rate * weight_decay
-            param -= change
+    def update(param: Array, grad: Array, m: Array, v: Array) -> None:
+        m *= beta1
+        m += (1.0 - beta1) * grad
+        v *= beta2
+        v += (1.0 - beta2) * (grad * grad)
+        change = np.sqrt(v)
+        change += epsilon * math.sqrt(correction2)
+        np.divide(m, change, out=change)
+        change *= learning_rate * math.sqrt(correction2) / correction1
+        if weight_decay > 0.0:
+            param *= 1.0 - learning_rate * weight_decay
+        param -= change
 
     with parallel.threads(num_threads) as run:
         pieces = trees.pieces(params, grads, state["first_moment"], state["second_moment"])
-        run(update, parallel.deal(pieces, num_threads))
+        run(update, *zip(*pieces, strict=True))
     return params, {**state, "step": np.array(count, np.int64)}
 
 

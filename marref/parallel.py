@@ -13,7 +13,7 @@ import itertools
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, TypeVar
+from typing import Any
 
 from marref import checks
 
@@ -22,7 +22,6 @@ try:
 except ImportError:
     threadpoolctl = None
 
-Item = TypeVar("Item")
 Run = Callable[..., list[Any]]
 """``run(function, *shares)``: the list of the results of ``map(function, *shares)``."""
 
@@ -122,23 +121,6 @@ def split(length: int, num_shares: int) -> list[slice]:
     size, rest = divmod(length, num_shares)
     ends = [size * share + min(share, rest) for share in range(num_shares + 1)]
     return [slice(*pair) for pair in itertools.pairwise(ends)]
-
-
-def deal(items: Iterable[Item], num_shares: int) -> list[list[Item]]:
-    """Deal items out one by one, as cards are.
-
-    Parameters
-    ----------
-    items : iterable
-    num_shares : int
-
-    Examples
-    --------
-    >>> deal("abcde", 2)
-    [['a', 'c', 'e'], ['b', 'd']]
-    """
-    items = list(items)
-    return [items[share::num_shares] for share in range(num_shares)]
 
 
 @functools.cache

@@ -8,7 +8,7 @@ from scipy import stats
 
 import marref
 from marref import trees
-from marref.layers import dropout, gelu, layer_norm
+from marref.layers import attention, dropout, gelu, layer_norm
 
 from . import strategies
 
@@ -220,6 +220,15 @@ def test_scores_beyond_the_range_of_exp_are_no_matter(dtype):
     weights = cache["blocks"][0]["attention"]["weights"]
     assert np.isfinite(weights).all()
     np.testing.assert_allclose(weights.sum(axis=-1), 1.0, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex128])
+@pytest.mark.parametrize("shift", [-1e4, -800, -90, -49, 0, 49, 90, 800, 1e4])
+def test_a_constant_added_to_all_scores_changes_no_attention_weight(shift, dtype):
+    """Exactly: scores and shift are multiples of 1/16 that float32 holds."""
+    scores = np.random.default_rng(0).integers(-12, 12, (2, 3, 4, 5)) / 16
+    weights, moved = (attention._softmax((scores + by).astype(dtype)) for by in (0, shift))
+    np.testing.assert_allclose(moved, weights, rtol=8 * np.finfo(dtype).eps)
 
 
 @given(case=strategies.cases())

@@ -134,9 +134,16 @@ def backward(params: Tree, dy: Array, cache: Tree, rows: Index = ...) -> tuple[A
 
 
 def _softmax(scores: Array) -> Array:
-    """Softmax over the last axis, with the row's maximum subtracted so that exp cannot overflow."""
-    weights: Array = scores - scores.real.max(axis=-1, keepdims=True)
-    np.exp(weights, out=weights)
+    """Softmax over the last axis, written over the scores.
+
+    exp(s_j) / Σ exp(s_k) is the same if all of a row's scores are moved.  Less their maximum, exp
+    cannot overflow and the sum cannot vanish.  Within ±50 neither can as it is, in NumPy's
+    precisions; a subclass stands for others.
+    """
+    smallest, largest = scores.real.min(initial=0.0), scores.real.max(initial=0.0)
+    if not (smallest > -50 and largest < 50 and type(scores) is np.ndarray):
+        scores -= scores.real.max(axis=-1, keepdims=True)
+    weights: Array = np.exp(scores, out=scores)
     # The sum as a product with ones, which NumPy does faster.
     weights /= (weights @ np.ones(weights.shape[-1], weights.dtype))[..., np.newaxis]
     return weights

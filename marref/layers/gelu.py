@@ -22,7 +22,12 @@ _CUBIC = 0.044715
 
 
 def forward(x: Array, kind: str) -> tuple[Array, Tree]:
-    """Compute y = x · gate(x).
+    """Compute y = x · gate(x) and, beside it, the slope y′ = gate + x gate′ (the product rule).
+
+    The two share most of their work:
+
+        "erf":   gate′ = Φ′(x) = φ(x) = exp(-x²/2)/√(2π), the normal density
+        "tanh":  gate′ = σ′(2u) 2u′ = gate (1 - gate) 2 √(2/π) (1 + 3·0.044715 x²)
 
     Parameters
     ----------
@@ -34,26 +39,20 @@ def forward(x: Array, kind: str) -> tuple[Array, Tree]:
     y : array
         Of the shape of ``x``.
     cache : dict
-        ``input`` x and ``gate``, both of the shape of ``x``.
+        ``slope`` y′, of the shape of ``x``.
     """
-    if kind == "erf":
-        gate = normal.distribution(x)
-    else:
-        gate = _sigmoid(2 * _SLOPE * (x + _CUBIC * (x * x * x)))
-    return x * gate, {"input": x, "gate": gate}
+    gate, gate_slope = _gate(x, kind)
+    return x * gate, {"slope": gate + x * gate_slope}
 
 
 def backward(dy: Array, cache: Tree, kind: str) -> Array:
-    """Push ``dy`` back through y = x · gate(x): dx = dy ⊙ (gate + x gate′).
-
-        "erf":   gate′ = Φ′(x) = exp(-x²/2)/√(2π), the normal density
-        "tanh":  gate′ = σ′(2u) 2u′ = gate (1 - gate) 2 √(2/π) (1 + 3·0.044715 x²)
+    """Push ``dy`` back through y(x), entry by entry: dx = dy ⊙ y′.
 
     Parameters
     ----------
     dy : array
     cache : dict
-        From `forward`.
+        From `forward`; its slope is that of either kind.
     kind : {"erf", "tanh"}
 
     Returns
@@ -61,13 +60,17 @@ def backward(dy: Array, cache: Tree, kind: str) -> Array:
     array
         dx, of the shape of ``dy``.
     """
-    x, gate = cache["input"], cache["gate"]
-    if kind == "erf":
-        gate_slope = normal.density(x)
-    else:
-        gate_slope = gate * (1.0 - gate) * (2 * _SLOPE * (1.0 + 3 * _CUBIC * (x * x)))
-    dx: Array = dy * (gate + x * gate_slope)
+    dx: Array = dy * cache["slope"]
     return dx
+
+
+def _gate(x: Array, kind: str) -> tuple[Array, Array]:
+    """Return the gate and its slope."""
+    if kind == "erf":
+        return normal.distribution_and_density(x)
+    square = x * x
+    gate = _sigmoid(2 * _SLOPE * (x + _CUBIC * (x * square)))
+    return gate, gate * (1.0 - gate) * (2 * _SLOPE * (1.0 + 3 * _CUBIC * square))
 
 
 def _sigmoid(z: Array) -> Array:

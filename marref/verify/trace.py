@@ -41,6 +41,7 @@ def activations(model: MAR, params: Tree, tokens: Array) -> dict[str, Array]:
         x, cache = block_forward(model, block_params, x, None)
         attention, feed_forward = cache["attention"], cache["feed_forward"]
         output, _ = linear.forward(block_params["attention"]["output"], attention["context"])
+        up, _ = linear.forward(block_params["feed_forward"]["up"], feed_forward["input"])
         down, _ = linear.forward(block_params["feed_forward"]["down"], feed_forward["activation"])
         block = {
             "attention_norm": attention["input"],
@@ -51,7 +52,7 @@ def activations(model: MAR, params: Tree, tokens: Array) -> dict[str, Array]:
             "attention.context": attention["context"],
             "attention.output": output,
             "feed_forward_norm": feed_forward["input"],
-            "feed_forward.up": feed_forward["gelu"]["input"],
+            "feed_forward.up": up,
             "feed_forward.activation": feed_forward["activation"],
             "feed_forward.down": down,
             "output": x,

@@ -12,29 +12,21 @@ from marref.verify import trace
 from marref.verify.faults.fault import Fault, Patch, replace, wrap
 
 
-def _kind(wanted: str) -> tuple[Patch, Patch]:
+def _kind(wanted: str) -> tuple[Patch, ...]:
     """Take the GELU of that kind, whatever the model asks for."""
-    return (
-        wrap(gelu, "forward", lambda old: lambda x, kind: old(x, wanted)),
-        wrap(gelu, "backward", lambda old: lambda dy, cache, kind: old(dy, cache, wanted)),
-    )
+    return (wrap(gelu, "_gate", lambda old: lambda x, kind: old(x, wanted)),)
 
 
 def _gated(
     gate_of: Callable[[Array], Array], slope_of: Callable[[Array], Array]
-) -> tuple[Patch, Patch]:
-    """Compute y = x gate(x),  dx = dy (gate + x gate′), gate′ as a function of the gate."""
+) -> tuple[Patch, ...]:
+    """Compute y = x gate(x) with another gate, and gate′ as a function of the gate."""
 
-    def forward(x: Array, kind: str) -> tuple[Array, Tree]:
+    def gate_and_slope(x: Array, kind: str) -> tuple[Array, Array]:
         gate = gate_of(x)
-        return x * gate, {"input": x, "gate": gate}
+        return gate, slope_of(gate)
 
-    def backward(dy: Array, cache: Tree, kind: str) -> Array:
-        x, gate = cache["input"], cache["gate"]
-        dx: Array = dy * (gate + x * slope_of(gate))
-        return dx
-
-    return replace(gelu, "forward", forward), replace(gelu, "backward", backward)
+    return (replace(gelu, "_gate", gate_and_slope),)
 
 
 def without_biases(*names: str) -> Callable[[Tree], Tree]:

@@ -101,10 +101,14 @@ def _without_target(cache: Tree) -> Array:
     return dlogits
 
 
-def _gate_only(dy: Array, cache: Tree, kind: str) -> Array:
+def _constant_gate(old: Any) -> Any:
     """Compute dx = dy gate(x), without x gate′(x)."""
-    dx: Array = dy * cache["gate"]
-    return dx
+
+    def gate_and_slope(x: Array, kind: str) -> tuple[Array, Array]:
+        gate, slope = old(x, kind)
+        return gate, np.zeros_like(slope)
+
+    return gate_and_slope
 
 
 FAULTS = (
@@ -165,7 +169,7 @@ FAULTS = (
         "gelu-gradient-without-density",
         "dx = dy Φ(x), without x Φ′(x): the gate is taken for a constant. Gradients of the up "
         "projection and of all before it are off.",
-        (replace(gelu, "backward", _gate_only),),
+        (wrap(gelu, "_gate", _constant_gate),),
     ),
     Fault(
         "attention-gradient-softmax-without-sum",
