@@ -18,6 +18,7 @@
 import copy
 import dataclasses
 import functools
+import math
 import operator
 import types
 from collections.abc import Mapping
@@ -39,6 +40,9 @@ from marref.layers import (
 )
 from marref.layers.dropout import Uniforms
 from marref.trees import Array, Index, Tree
+
+# The most logits that a thread has in training.
+_LOGITS_AT_ONCE = 2**21
 
 # The most features, batch·length·embed_dim, that a thread trains on at a time.
 _SHARE = 2**18
@@ -310,7 +314,6 @@ def loss_and_grads(
         checks.generator("rng", rng)
     checks.integer("num_threads", num_threads, 1)
 
-    shape = (*tokens.shape, model.embed_dim)
     num_masked = max(int(mask.sum()), 1)
 
     def share(where: slice, rng: Uniforms | None) -> tuple[np.inexact, Tree]:
@@ -318,10 +321,12 @@ def loss_and_grads(
             model, params, tokens[where], targets[where], mask[where], rng, num_masked
         )
 
-    num_shares = max(num_threads, tokens.size * model.embed_dim // _SHARE)
-    wheres = parallel.split(len(tokens), num_shares)
+    num_rounds = math.ceil(tokens.size * model.embed_dim / (_SHARE * num_threads))
+    wheres = parallel.split(len(tokens), num_rounds * num_threads)
     rngs = [rng, *(copy.deepcopy(rng) for _ in wheres[1:])]
-    draws = [rng and _Part(rng, shape, where) for rng, where in zip(rngs, wheres, strict=True)]
+    draws = [
+        rng and _Sequences(rng, where, len(tokens)) for rng, where in zip(rngs, wheres, strict=True)
+    ]
     value: Any = 0.0
     sums: list[Tree] = []
     with parallel.threads(min(num_threads, len(wheres))) as run:
@@ -341,19 +346,42 @@ def _add_up(run: parallel.Run, total: Tree, *terms: Tree) -> Tree:
     return total
 
 
-class _Part:
-    """Draw a whole array of random numbers, and hand out a part of it.
+class _Sequences:
+    """The random numbers of some sequences of a batch, as if those of all of it were drawn."""
 
-    A share of a batch, and the last block at some positions, drop the features that they would
-    drop as parts of the whole.
-    """
-
-    def __init__(self, rng: Uniforms, shape: tuple[int, ...], index: Any) -> None:
-        self._rng, self._shape, self._index = rng, shape, index
+    def __init__(self, rng: np.random.Generator, where: slice, batch_size: int) -> None:
+        self._rng, self._before, self._after = rng, where.start, batch_size - where.stop
 
     def random(self, size: tuple[int, ...], dtype: type[np.float32]) -> Array:
-        part: Array = self._rng.random(self._shape, dtype)[self._index]
-        return part
+        each = math.prod(size[1:])
+        _skip(self._rng, self._before * each)
+        numbers = self._rng.random(size, dtype)
+        _skip(self._rng, self._after * each)
+        return numbers
+
+
+class _Rows:
+    """The random numbers at some positions, as if those at all of them were drawn."""
+
+    def __init__(self, rng: Uniforms, shape: tuple[int, ...], rows: Index) -> None:
+        self._rng, self._shape, self._rows = rng, shape, rows
+
+    def random(self, size: tuple[int, ...], dtype: type[np.float32]) -> Array:
+        numbers: Array = self._rng.random(self._shape, dtype)[self._rows]
+        return numbers
+
+
+def _skip(rng: np.random.Generator, count: int) -> None:
+    """Leave out as many numbers as ``rng.random(count, numpy.float32)`` draws."""
+    bits = rng.bit_generator
+    if isinstance(bits, np.random.PCG64 | np.random.PCG64DXSM):
+        # It draws two of them at a time, and may have the second of a pair in store.
+        if bits.state["has_uint32"]:
+            rng.random(dtype=np.float32)
+            count -= 1
+        bits.advance(count // 2)
+        count %= 2
+    rng.random(count, np.float32)
 
 
 def _loss_and_grads(
@@ -367,7 +395,9 @@ def _loss_and_grads(
 ) -> tuple[np.inexact, Tree]:
     """Compute what some sequences add to the loss and to the gradients, |M| being num_masked."""
     rows, mask_of_rows = masked_rows(mask)
-    x, cache = body_forward(model, params, tokens, rng, rows)
+    # Weights that would take as much memory as all else that a block keeps are let go.
+    keep_weights = model.num_heads * tokens.shape[1] < 16 * model.embed_dim
+    x, cache = body_forward(model, params, tokens, rng, rows, keep_weights)
     value, drows, head_grads = _head_loss_and_grads(
         model, params, x[mask_of_rows], targets[mask], num_masked
     )
@@ -379,13 +409,20 @@ def _loss_and_grads(
 def _head_loss_and_grads(
     model: MAR, params: Tree, x: Array, targets: Array, num_masked: int
 ) -> tuple[np.inexact, Array, Tree]:
-    """Do the head's part.  Logits are large, and let go when they have been read."""
-    logits, cache = head_forward(model, params, x)
-    checks.finite("logits", logits)
-    value, loss_cache = loss.rows_forward(logits, targets, num_masked)
-    del logits
-    dx, grads = head_backward(params, loss.rows_backward(loss_cache), cache)
-    return value, dx, grads
+    """Do the head's part, at a few positions at a time: logits are large."""
+    value: Any = 0.0
+    dx = np.empty_like(x)
+    sums: list[Tree] = []
+    num_parts = math.ceil(len(x) * model.vocab_size / _LOGITS_AT_ONCE)
+    for part in parallel.split(len(x), num_parts):
+        logits, cache = head_forward(model, params, x[part])
+        checks.finite("logits", logits)
+        part_value, loss_cache = loss.rows_forward(logits, targets[part], num_masked)
+        del logits
+        dx[part], grads = head_backward(params, loss.rows_backward(loss_cache), cache)
+        value += part_value
+        sums = [_add_up(parallel.one_by_one, *sums, grads)]
+    return value, dx, sums[0]
 
 
 # The pieces of the model, for callers that have checked their arguments and want to run the
@@ -418,10 +455,12 @@ def body_forward(
     tokens: Array,
     rng: Uniforms | None,
     rows: Index = ...,
+    keep_weights: bool = True,
 ) -> tuple[Array, Tree]:
     """Run everything below the head: tokens [batch, length] -> x [batch, rows, embed_dim].
 
-    The last block computes its output at the positions of `rows` only.
+    The last block computes its output at the positions of `rows` only.  Without its attention
+    weights a cache is smaller; `body_backward` computes them again.
     """
     cache: Tree = {}
     x, cache["embedding"] = embedding.forward(params["embedding"], tokens, model.positions)
@@ -431,6 +470,8 @@ def body_forward(
         params["blocks"], _rows_of_blocks(model, rows), strict=True
     ):
         x, block_cache = block_forward(model, block_params, x, rng, block_rows)
+        if not keep_weights:
+            del block_cache["attention"]["weights"]
         cache["blocks"].append(block_cache)
     return x, cache
 
@@ -521,7 +562,7 @@ def block_forward(
         gelu=model.gelu,
         epsilon=model.layer_norm_epsilon,
         dropout_rate=model.dropout,
-        rng=rng and _Part(rng, x.shape, rows),
+        rng=rng and _Rows(rng, x.shape, rows),
         rows=rows,
     )
 
@@ -535,8 +576,12 @@ def body_backward(model: MAR, params: Tree, dx: Array, cache: Tree, rows: Index 
     for block_params, block_rows in zip(
         reversed(params["blocks"]), reversed(_rows_of_blocks(model, rows)), strict=True
     ):
+        block_cache = cache["blocks"].pop()
+        if "weights" not in block_cache["attention"]:
+            query, key = (block_cache["attention"][name] for name in ("query", "key"))
+            block_cache["attention"]["weights"] = attention.weigh(query, key)
         dx, block_grads = block.backward(
-            block_params, dx, cache["blocks"].pop(), gelu=model.gelu, rows=block_rows
+            block_params, dx, block_cache, gelu=model.gelu, rows=block_rows
         )
         blocks.append(block_grads)
     dx = dropout.backward(dx, cache["embedding_dropout"])

@@ -28,6 +28,11 @@ Run = Callable[..., list[Any]]
 _blas = threading.RLock()
 
 
+def one_by_one(function: Callable[..., Any], *shares: Iterable[Any]) -> list[Any]:
+    """Do as a `Run` does, without threads."""
+    return list(map(function, *shares))
+
+
 @contextlib.contextmanager
 def threads(num_threads: int) -> Iterator[Run]:
     """Start threads beside the caller's, and hold the BLAS to one until they have ended.
@@ -73,7 +78,7 @@ def threads(num_threads: int) -> Iterator[Run]:
             stacklevel=3,
         )
     if num_threads == 1 or threadpoolctl is None:
-        yield lambda function, *shares: list(map(function, *shares))
+        yield one_by_one
         return
 
     def run(function: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:

@@ -21,14 +21,15 @@ def blas_threads():
     return {pool["num_threads"] for pool in pools}
 
 
-@pytest.mark.parametrize("features", [1, 2**18])
+@pytest.mark.parametrize(("features", "logits"), [(1, 1), (40, 30), (2**18, 2**21)])
 @given(case=strategies.cases(dropout=0.3, max_batch=5), num_threads=st.integers(1, 6))
 @settings(max_examples=40)
 def test_threads_and_shares_change_nothing_but_rounding_in_loss_and_gradients(
-    features, case, num_threads
+    features, logits, case, num_threads
 ):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(marref.model, "_SHARE", features)
+        patch.setattr(marref.model, "_LOGITS_AT_ONCE", logits)
         assert_sharing_changes_nothing(case, num_threads)
 
 
@@ -76,6 +77,48 @@ def test_threads_change_nothing_but_rounding_in_decoding(case, num_threads, draw
     shared, shared_steps = decode(num_threads)
     np.testing.assert_array_equal(shared, alone)
     np.testing.assert_allclose(shared_steps["confidence"], steps["confidence"], rtol=1e-11)
+
+
+@pytest.mark.parametrize("bits", [np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937])
+@pytest.mark.parametrize("stored", [0, 1], ids=["nothing in store", "half a draw in store"])
+def test_dropout_of_a_share_is_that_of_the_batch_for_every_generator(monkeypatch, bits, stored):
+    monkeypatch.setattr(marref.model, "_SHARE", 1)
+    model = marref.build(
+        vocab_size=5, embed_dim=2, num_layers=2, num_heads=1, seq_len=3, dropout=0.5
+    )
+    params = strategies.random_params(model, np.random.default_rng(0))
+    tokens = np.random.default_rng(1).integers(5, size=(4, 3))
+    rngs = [np.random.Generator(bits(2)) for _ in range(2)]
+    for rng in rngs:
+        rng.random(stored, np.float32)
+    logits, _ = model.forward(params, tokens, rngs[0])
+    shared, _ = marref.loss_and_grads(model, params, tokens, tokens, tokens < 3, rngs[1])
+    assert shared == pytest.approx(marref.mar_loss(logits, tokens, tokens < 3), rel=1e-13)
+    assert rngs[0].random(3, np.float32).tolist() == rngs[1].random(3, np.float32).tolist()
+
+
+def test_attention_weights_that_are_let_go_are_computed_again(monkeypatch):
+    """In a model whose weights take more memory than the rest; gradients are those of backward."""
+    model = marref.build(vocab_size=5, embed_dim=2, num_layers=2, num_heads=1, seq_len=33)
+    params = strategies.random_params(model, np.random.default_rng(0))
+    tokens = np.random.default_rng(1).integers(5, size=(2, 33))
+    mask = tokens < 3
+    logits, cache = model.forward(params, tokens)
+    _, loss_cache = loss.forward(logits, tokens, mask)
+    expected = flat(model.backward(params, loss.backward(loss_cache), cache))
+
+    weighed = []
+    original = marref.layers.attention.weigh
+    monkeypatch.setattr(
+        marref.layers.attention, "weigh", lambda *pair: weighed.append(1) or original(*pair)
+    )
+    for length, times in ((33, 4), (31, 2)):
+        weighed.clear()
+        part = (array[:, :length] for array in (tokens, tokens, mask))
+        _, grads = marref.loss_and_grads(model, params, *part)
+        assert len(weighed) == times
+        if length == 33:
+            np.testing.assert_allclose(flat(grads), expected, atol=1e-13 * abs(expected).max())
 
 
 def test_logits_are_made_a_few_at_a_time(monkeypatch):

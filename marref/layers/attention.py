@@ -72,7 +72,7 @@ def forward(params: Tree, x: Array, num_heads: int, rows: Index = ...) -> tuple[
         _split_heads(linear.forward(params[name], source)[0], num_heads)
         for name, source in (("query", x[rows]), ("key", x), ("value", x))
     )
-    weights = _softmax(query / math.sqrt(query.shape[-1]) @ key.mT)
+    weights = weigh(query, key)
     context = _merge_heads(weights @ value)
     y, _ = linear.forward(params["output"], context)
     return y, {
@@ -131,6 +131,11 @@ def backward(params: Tree, dy: Array, cache: Tree, rows: Index = ...) -> tuple[A
         dinput, grads[name] = linear.backward(params[name], _merge_heads(dheads), x[where])
         dx[where] += dinput
     return dx, {**grads, "output": doutput}
+
+
+def weigh(query: Array, key: Array) -> Array:
+    """Compute A = softmax(Q Kᵀ / √d), [batch, num_heads, rows, length]."""
+    return _softmax(query / math.sqrt(query.shape[-1]) @ key.mT)
 
 
 def _softmax(scores: Array) -> Array:
