@@ -7,7 +7,8 @@
 
 Submodules: `marref.layers` (each layer, forward and backward), `marref.model`, `marref.loss`,
 `marref.masking`, `marref.schedules`, `marref.decoding`, `marref.optim`, `marref.training`,
-`marref.parallel`, `marref.memory`, `marref.data`, `marref.files`, `marref.trees`, `marref.verify`.
+`marref.shares`, `marref.parallel`, `marref.memory`, `marref.data`, `marref.files`,
+`marref.trees`, `marref.verify`.
 """
 
 from marref import (
@@ -22,6 +23,7 @@ from marref import (
     optim,
     parallel,
     schedules,
+    shares,
     training,
     trees,
     verify,
@@ -30,7 +32,8 @@ from marref.decoding import iterative_decode
 from marref.layers.embedding import sinusoidal_table
 from marref.loss import mar_loss
 from marref.masking import mask_tokens, sample_mask_ratio
-from marref.model import MAR, build, loss_and_grads
+from marref.model import MAR, build
+from marref.shares import loss_and_grads
 from marref.training import load_model, save_model
 from marref.verify import check_gradients
 
@@ -58,6 +61,7 @@ __all__ = [
     "sample_mask_ratio",
     "save_model",
     "schedules",
+    "shares",
     "sinusoidal_table",
     "training",
     "trees",

@@ -20,8 +20,9 @@ import numpy.typing as npt
 
 from marref import checks, parallel
 from marref.loss import log_softmax
-from marref.model import MAR, check_model, encode_masked, head_forward
+from marref.model import MAR, check_model, head_forward
 from marref.schedules import SCHEDULES, Schedule
+from marref.shares import encode_masked
 from marref.trees import Array, Tree
 
 ORDERS = ("confidence", "random")

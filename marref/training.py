@@ -13,7 +13,8 @@ import numpy.typing as npt
 from marref import checks, files, masking, optim, trees
 from marref.loss import mar_loss
 from marref.masking import mask_tokens, sample_mask_ratio
-from marref.model import MAR, check_model, loss_and_grads
+from marref.model import MAR, check_model
+from marref.shares import loss_and_grads
 from marref.trees import Array, Tree
 
 

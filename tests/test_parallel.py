@@ -28,8 +28,8 @@ def test_threads_and_shares_change_nothing_but_rounding_in_loss_and_gradients(
     features, logits, case, num_threads
 ):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(marref.model, "_SHARE", features)
-        patch.setattr(marref.model, "_LOGITS_AT_ONCE", logits)
+        patch.setattr(marref.shares, "_SHARE", features)
+        patch.setattr(marref.shares, "_LOGITS_AT_ONCE", logits)
         assert_sharing_changes_nothing(case, num_threads)
 
 
@@ -82,7 +82,7 @@ def test_threads_change_nothing_but_rounding_in_decoding(case, num_threads, draw
 @pytest.mark.parametrize("bits", [np.random.PCG64, np.random.PCG64DXSM, np.random.MT19937])
 @pytest.mark.parametrize("stored", [0, 1], ids=["nothing in store", "half a draw in store"])
 def test_dropout_of_a_share_is_that_of_the_batch_for_every_generator(monkeypatch, bits, stored):
-    monkeypatch.setattr(marref.model, "_SHARE", 1)
+    monkeypatch.setattr(marref.shares, "_SHARE", 1)
     model = marref.build(
         vocab_size=5, embed_dim=2, num_layers=2, num_heads=1, seq_len=3, dropout=0.5
     )

@@ -18,7 +18,8 @@ from marref.layers import (
 )
 from marref.loss import mar_loss
 from marref.masking import mask_tokens
-from marref.model import MAR, loss_and_grads
+from marref.model import MAR
+from marref.shares import loss_and_grads
 from marref.trees import Array, Tree
 from marref.verify.gradients import METHODS, check_gradients, check_layer
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from marref import loss, model
+from marref import loss, model, shares
 from marref.trees import Array, Tree
 
 
@@ -80,8 +80,8 @@ def _encode_masked(mar: model.MAR, params: Tree, tokens: Array, mask: Array, *_:
 
 
 _DEFINITION = [
-    replace(model, "loss_and_grads", _loss_and_grads),
-    replace(model, "encode_masked", _encode_masked),
+    replace(shares, "loss_and_grads", _loss_and_grads),
+    replace(shares, "encode_masked", _encode_masked),
 ]
 
 
