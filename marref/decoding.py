@@ -158,10 +158,12 @@ def iterative_decode(
 
     with parallel.threads(num_threads) as run:
         for step in range(counts.shape[1]):
-            unfinished = masked.any(axis=1)
-            hidden = encode_masked(
-                model, params, tokens[unfinished], masked[unfinished], run, num_threads
-            )
+            # From nothing, all sequences are the same in the first step.
+            from_nothing = step == 0 and masked.all()
+            todo = slice(1) if from_nothing else masked.any(axis=1)
+            hidden = encode_masked(model, params, tokens[todo], masked[todo], run, num_threads)
+            if from_nothing:
+                hidden = np.tile(hidden, (len(tokens), 1))
             uniforms = None if rng is None else rng.random(len(hidden))
             predicted, log_confidence = predict(hidden, uniforms)
             confidence[masked] = np.exp(log_confidence)

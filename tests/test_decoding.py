@@ -320,8 +320,8 @@ def test_the_head_runs_at_the_masked_positions_only(monkeypatch):
     assert rows == [(3, 2), (2, 2), (1, 2)]
 
 
-def test_a_sequence_that_is_complete_is_not_computed_again(monkeypatch):
-    model, params = with_logits([0.0, 1.0, 2.0], seq_len=3)
+def count_sequences(monkeypatch):
+    """Let every step note how many sequences it computes."""
     batches = []
     original = decoding.encode_masked
 
@@ -330,8 +330,36 @@ def test_a_sequence_that_is_complete_is_not_computed_again(monkeypatch):
         return original(model, params, tokens, *rest)
 
     monkeypatch.setattr(decoding, "encode_masked", counting)
+    return batches
+
+
+def test_a_sequence_that_is_complete_is_not_computed_again(monkeypatch):
+    model, params = with_logits([0.0, 1.0, 2.0], seq_len=3)
+    batches = count_sequences(monkeypatch)
     marref.iterative_decode(model, params, tokens=[[0, 0, 0], [1, 0, 1], [1, 1, 1]], num_steps=3)
     assert batches == [2, 1, 1]
+
+
+@given(case=strategies.cases(), num_threads=st.integers(1, 3))
+@settings(max_examples=20)
+def test_from_nothing_the_first_step_is_computed_once_for_all_sequences(case, num_threads):
+    """Beside a sequence that is known it is not, and gives the same tokens."""
+    model, params, *_, seed = case
+    shape = (3, model.seq_len)
+
+    def decode(**start):
+        rng = np.random.default_rng(seed)
+        options = {"num_steps": 2, "num_threads": num_threads}
+        return marref.iterative_decode(model, params, rng=rng, **options, **start)
+
+    with pytest.MonkeyPatch.context() as patch:
+        batches = count_sequences(patch)
+        tokens = decode(batch_size=3)
+        assert batches == [1, 3][: model.seq_len]
+        batches.clear()
+        beside = decode(tokens=[*np.zeros(shape, int), np.ones(model.seq_len, int)])
+        assert batches == [3, 3][: model.seq_len]
+    np.testing.assert_array_equal(tokens, beside[:3])
 
 
 def test_defaults_are_those_of_the_specification():
