@@ -31,8 +31,9 @@ def distribution_and_density(x: Array) -> tuple[Array, Array]:
         rounding of x² in the exponent.
     """
     with np.errstate(over="ignore"):
-        density: Array = -0.5 * (x * x)
-    density = np.exp(density)
+        density: Array = x * x
+    density *= -0.5
+    np.exp(density, out=density)
     density /= math.sqrt(2 * math.pi)
     # Not for the subclass that rounds further, which stands for another precision.
     fast = x.dtype == np.float32 and type(x) is np.ndarray and x.ndim > 0

@@ -10,6 +10,7 @@ import contextlib
 import contextvars
 import functools
 import itertools
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -25,7 +26,7 @@ except ImportError:
 Run = Callable[..., list[Any]]
 """``run(function, *shares)``: the list of the results of ``map(function, *shares)``."""
 
-_blas = threading.RLock()
+_process_wide = threading.RLock()
 
 
 def one_by_one(function: Callable[..., Any], *shares: Iterable[Any]) -> list[Any]:
@@ -60,8 +61,9 @@ def threads(num_threads: int) -> Iterator[Run]:
 
     Notes
     -----
-    The number of threads of the BLAS belongs to the whole process: calls from several threads
-    of the caller's own wait for each other.
+    The number of threads of the BLAS and the interpreter's switch interval, which is set to 0.1 ms,
+    belong to the whole process: calls from several threads of the caller's own wait for each
+    other.
 
     Examples
     --------
@@ -101,8 +103,9 @@ def threads(num_threads: int) -> Iterator[Run]:
         return results
 
     with (
-        _blas,
+        _process_wide,
         _controller().limit(limits=1, user_api="blas"),
+        _quick_switches(),
         concurrent.futures.ThreadPoolExecutor(num_threads - 1) as pool,
     ):
         yield run
@@ -126,6 +129,21 @@ def split(length: int, num_shares: int) -> list[slice]:
     size, rest = divmod(length, num_shares)
     ends = [size * share + min(share, rest) for share in range(num_shares + 1)]
     return [slice(*pair) for pair in itertools.pairwise(ends)]
+
+
+@contextlib.contextmanager
+def _quick_switches() -> Iterator[None]:
+    """Let no thread wait long for the interpreter.
+
+    One that lets go of it for a short operation often has it again before another wakes up; after
+    the switch interval the other is handed it.  The default is 5 ms, or hundreds of operations.
+    """
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
 
 
 @functools.cache

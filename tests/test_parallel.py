@@ -147,11 +147,16 @@ def test_blas_has_one_thread_meanwhile_and_its_own_number_afterwards():
         assert run(lambda _: blas_threads(), range(1)) == [before]
 
 
-def test_an_error_in_a_thread_reaches_the_caller_and_the_blas_is_free_again():
-    before = blas_threads()
+def test_an_error_in_a_thread_reaches_the_caller_and_the_process_is_as_it_was():
+    before = blas_threads(), sys.getswitchinterval()
     with pytest.raises(ZeroDivisionError), parallel.threads(2) as run:
         run(lambda x: 1 / x, [1, 0])
-    assert blas_threads() == before
+    assert (blas_threads(), sys.getswitchinterval()) == before
+
+
+def test_threads_do_not_wait_long_for_the_interpreter_meanwhile():
+    with parallel.threads(2) as run:
+        assert run(lambda _: sys.getswitchinterval(), range(2)) == [pytest.approx(1e-4)] * 2
 
 
 def test_threads_have_the_errstate_of_the_caller():

@@ -75,14 +75,8 @@ def forward(params: Tree, x: Array, num_heads: int, rows: Index = ...) -> tuple[
     weights = weigh(query, key)
     context = _merge_heads(weights @ value)
     y, _ = linear.forward(params["output"], context)
-    return y, {
-        "input": x,
-        "query": query,
-        "key": key,
-        "value": value,
-        "weights": weights,
-        "context": context,
-    }
+    cache = {"input": x, "query": query, "key": key, "value": value}
+    return y, {**cache, "weights": weights, "context": context}
 
 
 def backward(params: Tree, dy: Array, cache: Tree, rows: Index = ...) -> tuple[Array, Tree]:
@@ -150,7 +144,7 @@ def _softmax(scores: Array) -> Array:
         scores -= scores.real.max(axis=-1, keepdims=True)
     weights: Array = np.exp(scores, out=scores)
     # The sum as a product with ones, which NumPy does faster.
-    weights /= (weights @ np.ones(weights.shape[-1], weights.dtype))[..., np.newaxis]
+    weights /= weights @ np.ones((weights.shape[-1], 1), weights.dtype)
     return weights
 
 

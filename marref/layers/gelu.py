@@ -41,8 +41,10 @@ def forward(x: Array, kind: str) -> tuple[Array, Tree]:
     cache : dict
         ``slope`` y′, of the shape of ``x``.
     """
-    gate, gate_slope = _gate(x, kind)
-    return x * gate, {"slope": gate + x * gate_slope}
+    gate, slope = _gate(x, kind)
+    slope *= x
+    slope += gate
+    return x * gate, {"slope": slope}
 
 
 def backward(dy: Array, cache: Tree, kind: str) -> Array:
@@ -65,7 +67,7 @@ def backward(dy: Array, cache: Tree, kind: str) -> Array:
 
 
 def _gate(x: Array, kind: str) -> tuple[Array, Array]:
-    """Return the gate and its slope."""
+    """Compute gate and gate′."""
     if kind == "erf":
         return normal.distribution_and_density(x)
     square = x * x

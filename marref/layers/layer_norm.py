@@ -43,8 +43,9 @@ def forward(params: Tree, x: Array, epsilon: float) -> tuple[Array, Tree]:
     # Two passes: mean(x²) - μ² is off by 10% in float32 at mean 1000, standard deviation 1.
     centred = x - _mean(x)
     inverse_std = 1.0 / np.sqrt(_mean(centred * centred) + epsilon)
-    normalised = centred * inverse_std
-    y = normalised * params["scale"] + params["bias"]
+    normalised = np.multiply(centred, inverse_std, out=centred)
+    y = normalised * params["scale"]
+    y += params["bias"]
     return y, {"normalised": normalised, "inverse_std": inverse_std}
 
 
@@ -86,6 +87,7 @@ def backward(params: Tree, dy: Array, cache: Tree) -> tuple[Array, Tree]:
 
 
 def _mean(x: Array) -> Array:
-    """Mean over the features; the sum is a product with ones, which NumPy does faster."""
-    mean: Array = (x @ np.ones(x.shape[-1], x.dtype))[..., np.newaxis] / x.shape[-1]
+    """Mean over the features, by a matrix product: NumPy does it faster than a sum."""
+    features = x.shape[-1]
+    mean: Array = x @ np.full((features, 1), 1.0 / features, x.dtype)
     return mean

@@ -165,7 +165,7 @@ FAULTS = (
     Fault(
         "gelu-relu",
         "ReLU in the place of GELU, as in the first transformer. No activation is negative.",
-        _gated(lambda x: (x.real > 0).astype(x.real.dtype), np.zeros_like),
+        _gated(lambda x: (x.real > 0).astype(x.dtype), np.zeros_like),
     ),
     Fault(
         "gelu-silu",
