@@ -6,6 +6,8 @@ Prints, for each, the time as a ratio to marref's, the median of 9 interleaved r
 memory kept and a BLAS of one thread.
 """
 
+import contextlib
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -14,8 +16,9 @@ import numpy as np
 from scipy.special import ndtr
 
 import marref
-from marref import decoding, memory, normal, optim, parallel, trees
-from marref.layers import attention, embedding
+from marref import decoding, memory, normal, optim, parallel, shares, trees
+from marref.layers import attention, embedding, gelu
+from marref.model import block_forward
 
 ROUNDS = 9
 SEED = marref.build(vocab_size=8192, dropout=0.0)
@@ -41,6 +44,23 @@ def compare(what: str, ways: Ways) -> None:
         print(f"| {what} | {name} | {statistics.median(ratios):.2f} | {milliseconds:.3g} |")
 
 
+def gelu_slope() -> Ways:
+    """GELU of the hidden layer of two sequences, and its gradient."""
+    x = np.random.default_rng(0).standard_normal((512, 1024), np.float32)
+
+    def with_value() -> None:
+        _, cache = gelu.forward(x, "erf")
+        gelu.backward(x, cache, "erf")
+
+    def from_input() -> None:
+        gate, _ = normal.distribution_and_density(x)
+        x * gate
+        density = np.exp(-0.5 * (x * x)) / math.sqrt(2 * math.pi)
+        x * (gate + x * density)
+
+    return {"with the value": with_value, "in the backward pass, from the input": from_input}
+
+
 def gelu_gate() -> Ways:
     """Φ of the hidden layer of two sequences."""
     x = np.random.default_rng(0).standard_normal((512, 1024), np.float32)
@@ -52,6 +72,7 @@ def gelu_gate() -> Ways:
     return {
         "in passes over the array": lambda: normal.distribution_and_density(x),
         "in passes over 2¹⁴ numbers at a time": lambda: in_chunks(16),
+        "in passes over 2¹⁶": lambda: in_chunks(64),
         "scipy.special.ndtr": lambda: ndtr(x),
     }
 
@@ -60,8 +81,16 @@ def attention_scores() -> Ways:
     """Q Kᵀ and softmax of two sequences."""
     rng = np.random.default_rng(0)
     query, key = (rng.standard_normal((2, 256, 8, 32), np.float32).swapaxes(1, 2) for _ in range(2))
+
+    def less_maximum() -> None:
+        weights = query @ key.mT
+        weights -= weights.max(axis=-1, keepdims=True)
+        np.exp(weights, out=weights)
+        weights /= weights @ np.ones((256, 1), np.float32)
+
     return {
         "heads where they lie": lambda: attention._softmax(query @ key.mT),
+        "the maximum always subtracted": less_maximum,
         "heads copied side by side": lambda: attention._softmax(query.copy() @ key.copy().mT),
         "queries along the last axis of memory": lambda: attention._softmax((key @ query.mT).mT),
     }
@@ -130,15 +159,87 @@ def logits_at_once() -> Ways:
     }
 
 
-def shares() -> Ways:
+def training_shares() -> Ways:
+    """Loss and gradients of the seed configuration, batch 8, two threads."""
+    params = SEED.init(np.random.default_rng(0), np.float32)
+    rng = np.random.default_rng(1)
+    targets = rng.integers(1, 8192, (8, 256))
+    tokens, mask = marref.mask_tokens(targets, 0.5, rng)
+
+    def train(features: int, logits: int = 2**21) -> Callable[[], None]:
+        def run() -> None:
+            defaults = shares._SHARE, shares._LOGITS_AT_ONCE
+            shares._SHARE, shares._LOGITS_AT_ONCE = features, logits
+            marref.loss_and_grads(SEED, params, tokens, targets, mask, num_threads=2)
+            shares._SHARE, shares._LOGITS_AT_ONCE = defaults
+
+        return run
+
+    return {
+        "4 sequences, 2²¹ logits at once": train(2**18),
+        "2 sequences": train(2**17),
+        "1 sequence": train(2**16),
+        "4 sequences, 2²⁰ logits at once": train(2**18, 2**20),
+        "4 sequences, all logits at once": train(2**18, 2**40),
+    }
+
+
+def one_sequence() -> Ways:
+    """Decode one sequence with the seed configuration in two threads."""
+    params = SEED.init(np.random.default_rng(0), np.float32)
+
+    def positions_of_block(model, block_params, x, rows, run, num_threads):  # type: ignore
+        """Share the positions alone: every thread computes the keys and values of all."""
+        if rows is ...:
+            rows = np.arange(1)[:, np.newaxis], np.arange(x.shape[1])[np.newaxis]
+        parts = parallel.split(rows[1].shape[1], num_threads)
+
+        def output(part):  # type: ignore
+            return block_forward(model, block_params, x, None, (rows[0], rows[1][:, part]))[0]
+
+        return np.concatenate(run(output, parts), axis=1)
+
+    def decode() -> None:
+        marref.iterative_decode(SEED, params, num_threads=2)
+
+    def decode_by_positions() -> None:
+        default, shares._shared_block = shares._shared_block, positions_of_block
+        decode()
+        shares._shared_block = default
+
+    return {
+        "heads, then positions": decode,
+        "positions, all keys and values in each thread": decode_by_positions,
+    }
+
+
+def switch_interval() -> Ways:
+    """Decode the small configuration, batch 16, in two threads."""
+    params = SMALL.init(np.random.default_rng(0), np.float32)
+
+    def decode() -> None:
+        marref.iterative_decode(SMALL, params, batch_size=16, num_threads=2)
+
+    def decode_with_default() -> None:
+        default, parallel._quick_switches = parallel._quick_switches, contextlib.nullcontext
+        decode()
+        parallel._quick_switches = default
+
+    return {"0.1 ms": decode, "5 ms, Python's": decode_with_default}
+
+
+def decoding_shares() -> Ways:
     """Decode the small configuration, batch 16, in shares of some sequences."""
     params = SMALL.init(np.random.default_rng(0), np.float32)
 
     def decode(size: int) -> Callable[[], None]:
         split = parallel.split
 
+        def smaller(length: int, num_shares: int) -> list[slice]:
+            return split(length, length // size if length == 16 else num_shares)
+
         def run() -> None:
-            parallel.split = lambda length, num: split(length, max(num, length // size))
+            parallel.split = smaller
             marref.iterative_decode(SMALL, params, batch_size=16, num_threads=2)
             parallel.split = split
 
@@ -153,12 +254,16 @@ def main() -> None:
     print("| what | how | time / marref | milliseconds |")
     print("| --- | --- | ---: | ---: |")
     with parallel._controller().limit(limits=1, user_api="blas"):
+        compare("slope of GELU", gelu_slope())
         compare("Φ in float32", gelu_gate())
         compare("attention weights", attention_scores())
         compare("embedding gradient", embedding_gradient())
         compare("Adam", adam())
         compare("logits in decoding", logits_at_once())
-        compare("a thread's share of a batch of 16", shares())
+        compare("a thread's share in training, batch 8", training_shares())
+        compare("a thread's share in decoding, small, batch 16", decoding_shares())
+        compare("one sequence in two threads", one_sequence())
+        compare("switch interval of the interpreter", switch_interval())
 
 
 if __name__ == "__main__":
