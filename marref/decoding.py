@@ -12,6 +12,7 @@ How many are revealed in a step is the reveal schedule's word (`marref.schedules
 2022 (MaskGIT, arXiv 2202.04200, section 3.2) introduced the scheme.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -222,6 +223,7 @@ def _reveal_counts(
     Sequences with fewer steps than others get zeros at the end.
     """
     rows = []
+    schedule = functools.cache(schedule)
     for masked in map(int, num_masked):
         row = np.asarray(schedule(masked, num_steps)) if masked else np.zeros(0, np.int64)
         integers = row.ndim == 1 and row.dtype.kind in "iu" and len(row) <= num_steps
