@@ -184,8 +184,9 @@ def needed_flops(case: Case, num_masked: int, reveal_counts: Sequence[int]) -> f
 
     A product of matrices [m, k] and [k, n] takes 2·m·n·k of them; nothing else is counted.  The
     head, and the query, output and feed-forward of the last block, are needed at the masked
-    positions only, since nothing else reaches the loss or the prediction.  A backward pass
-    takes twice what the forward does.
+    positions only, since nothing else reaches the loss or the prediction.  In the first
+    step of decoding all sequences are the same, and one is enough.  A backward pass takes twice
+    what the forward does.
 
     Parameters
     ----------
@@ -199,8 +200,10 @@ def needed_flops(case: Case, num_masked: int, reveal_counts: Sequence[int]) -> f
         return 2.0 * case.seq_len**3
     if case.task == "training":
         return 3.0 * _forward_flops(case, num_masked)
-    remaining = [sum(reveal_counts[step:]) for step in range(len(reveal_counts))]
-    return sum(_forward_flops(case, masked) for masked in remaining)
+    first, *others = (sum(reveal_counts[step:]) for step in range(len(reveal_counts)))
+    return _forward_flops(dataclasses.replace(case, batch=1), first) + sum(
+        _forward_flops(case, masked) for masked in others
+    )
 
 
 def _forward_flops(case: Case, num_masked: int) -> float:

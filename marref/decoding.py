@@ -73,7 +73,8 @@ def iterative_decode(
         What is known: only positions that hold [MASK] are filled (inpainting).
     schedule : {"cosine", "linear"} or callable
         Reveal counts: ``(num_masked, num_steps) -> counts``, integers >= 1 with the sum
-        num_masked, at most num_steps of them; see `marref.schedules`.
+        num_masked, at most num_steps of them; see `marref.schedules`.  Asked once for sequences
+        with as many masked positions.
     order : {"confidence", "random"}
         What is revealed first: the most confident tokens, or positions at random (needs ``rng``).
     rng : numpy.random.Generator, optional
@@ -88,7 +89,8 @@ def iterative_decode(
     return_steps : bool
     num_threads : int
         How many threads share the work, see `marref.parallel.threads`: the sequences or, if there
-        are fewer than threads, the positions.  The result is the same up to rounding.
+        are fewer than threads, the heads and the positions of each block.  The result is the same
+        up to rounding.
 
     Returns
     -------

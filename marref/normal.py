@@ -1,7 +1,7 @@
 """The normal distribution: Φ(x), the probability of being below x, and its density φ(x) = Φ′(x).
 
 Φ is SciPy's.  SciPy works it out number by number, in double precision; for float32 arrays there
-is a second one that goes over the array in passes, in a third of the time.
+is a second one that goes over the array in passes, which is several times as fast.
 """
 
 import math
@@ -11,7 +11,7 @@ from scipy.special import ndtr
 
 from marref.trees import Array
 
-# Of 1/M in `_float32`, found by tools/fit_normal.py: c₄, b₃; c₃, b₂; c₂, b₁.
+# Of 1/M in `_distribution_float32`, found by tools/fit_normal.py: c₄, b₃; c₃, b₂; c₂, b₁.
 _B4, _C1 = 1.25793102, 0.797628486
 _LEVELS = ((22.5640795, 5.07344864), (-11.7879524, 2.48763778), (1.89085744, 1.23780324))
 
@@ -36,11 +36,11 @@ def distribution_and_density(x: Array) -> tuple[Array, Array]:
     np.exp(density, out=density)
     density /= math.sqrt(2 * math.pi)
     # Not for the subclass that rounds further, which stands for another precision.
-    fast = x.dtype == np.float32 and type(x) is np.ndarray and x.ndim > 0
-    return (_float32(x, density) if fast else ndtr(x)), density
+    fast = x.dtype == np.float32 and type(x) is np.ndarray
+    return (_distribution_float32(x, density) if fast else ndtr(x)), density
 
 
-def _float32(x: Array, density: Array) -> Array:
+def _distribution_float32(x: Array, density: Array) -> Array:
     """Compute Φ(x) from the density and Mills' ratio.
 
     With a = |x|,  Φ(-a) = φ(a) M(a)  and  Φ(a) = 1 - Φ(-a).  Mills' ratio M is taken from

@@ -29,9 +29,9 @@ Run = Callable[..., list[Any]]
 _process_wide = threading.RLock()
 
 
-def one_by_one(function: Callable[..., Any], *shares: Iterable[Any]) -> list[Any]:
+def one_by_one(function: Callable[..., Any], *arguments: Iterable[Any]) -> list[Any]:
     """Do as a `Run` does, without threads."""
-    return list(map(function, *shares))
+    return [function(*share) for share in zip(*arguments, strict=True)]
 
 
 @contextlib.contextmanager

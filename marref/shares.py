@@ -1,4 +1,4 @@
-"""The model where it is needed only, and in shares that threads take.
+"""The model at the positions that are needed, in shares that threads take.
 
 The loss and the decoder look at the masked positions.  So the head and, in the last block, the
 queries and the feed-forward layer are computed at these positions.  A batch is cut into shares,
@@ -96,7 +96,8 @@ def loss_and_grads(
             model, params, tokens[where], targets[where], mask[where], rng, num_masked
         )
 
-    num_rounds = math.ceil(tokens.size * model.embed_dim / (_SHARE * num_threads))
+    at_once = max(1, _SHARE // (tokens.shape[1] * model.embed_dim)) * num_threads
+    num_rounds = math.ceil(len(tokens) / at_once)
     wheres = parallel.split(len(tokens), num_rounds * num_threads)
     rngs = [rng, *(copy.deepcopy(rng) for _ in wheres[1:])]
     draws = [
@@ -111,6 +112,7 @@ def loss_and_grads(
             values, grads = zip(*run(share, wheres[group], draws[group]), strict=True)
             value += sum(values)
             sums = [_add_up(run, *sums, *grads)]
+            del grads  # The next round makes its own.
     return value, sums[0]
 
 
@@ -140,18 +142,23 @@ def _head_loss_and_grads(
     model: MAR, params: Tree, x: Array, targets: Array, num_masked: int
 ) -> tuple[np.inexact, Array, Tree]:
     """Do the head's part, at a few positions at a time: logits are large."""
+
+    def of_part(part: slice) -> tuple[np.inexact, Array, Tree]:
+        logits, cache = head_forward(model, params, x[part])
+        checks.finite("logits", logits)
+        value, loss_cache = loss.rows_forward(logits, targets[part], num_masked)
+        del logits
+        return value, *head_backward(params, loss.rows_backward(loss_cache), cache)
+
     value: Any = 0.0
     dx = np.empty_like(x)
     sums: list[Tree] = []
-    num_parts = math.ceil(len(x) * model.vocab_size / _LOGITS_AT_ONCE)
-    for part in parallel.split(len(x), num_parts):
-        logits, cache = head_forward(model, params, x[part])
-        checks.finite("logits", logits)
-        part_value, loss_cache = loss.rows_forward(logits, targets[part], num_masked)
-        del logits
-        dx[part], grads = head_backward(params, loss.rows_backward(loss_cache), cache)
+    rows_at_once = max(1, _LOGITS_AT_ONCE // model.vocab_size)
+    for part in parallel.split(len(x), math.ceil(len(x) / rows_at_once)):
+        part_value, dx[part], grads = of_part(part)
         value += part_value
         sums = [_add_up(parallel.one_by_one, *sums, grads)]
+        del grads
     return value, dx, sums[0]
 
 
@@ -208,12 +215,15 @@ def _of_heads(params: Tree, heads: slice, head_dim: int) -> Tree:
     """Make views of what an attention layer has for some heads; the outputs of all heads add up."""
     features = slice(heads.start * head_dim, heads.stop * head_dim)
     projections = {
-        name: {"kernel": kernel["kernel"][:, features], "bias": kernel["bias"][features]}
-        for name, kernel in params.items()
+        name: {
+            "kernel": params[name]["kernel"][:, features],
+            "bias": params[name]["bias"][features],
+        }
+        for name in ("query", "key", "value")
     }
-    output = params["output"]
-    bias = output["bias"] if heads.start == 0 else np.zeros_like(output["bias"])
-    return {**projections, "output": {"kernel": output["kernel"][features], "bias": bias}}
+    kernel, bias = params["output"]["kernel"], params["output"]["bias"]
+    bias = bias if heads.start == 0 else np.zeros_like(bias)
+    return {**projections, "output": {"kernel": kernel[features], "bias": bias}}
 
 
 def _masked_rows(mask: Array) -> tuple[tuple[Array, Array], Array]:

@@ -15,7 +15,7 @@ def test_needed_work_is_counted_by_hand():
     assert cases.needed_flops(TINY, 8, []) == 3 * (projections + attention + head)
     decoding = dataclasses.replace(TINY, task="decoding")
     first, second = (cases.needed_flops(TINY, masked, []) / 3 for masked in (16, 6))
-    assert cases.needed_flops(decoding, 0, [10, 6]) == first + second
+    assert cases.needed_flops(decoding, 0, [10, 6]) == first / 2 + second
 
 
 def test_contestants_agree_and_a_report_has_a_row_for_each():

@@ -118,7 +118,34 @@ def test_attention_weights_that_are_let_go_are_computed_again(monkeypatch):
         _, grads = marref.loss_and_grads(model, params, *part)
         assert len(weighed) == times
         if length == 33:
-            np.testing.assert_allclose(flat(grads), expected, atol=1e-13 * abs(expected).max())
+            atol = 1e-13 * abs(expected).max()
+            np.testing.assert_allclose(flat(grads), expected, rtol=0, atol=atol)
+
+
+def test_training_holds_few_sequences_and_logits_at_a_time(monkeypatch):
+    model = marref.build(vocab_size=8, embed_dim=4, num_layers=1, num_heads=1, seq_len=6)
+    params = strategies.random_params(model, np.random.default_rng(0))
+    tokens = np.random.default_rng(1).integers(8, size=(7, 6))
+    seen = {"body_forward": [], "head_forward": []}
+
+    def counting(name, original):
+        def count(model, params, x, *rest):
+            seen[name].append(len(x))
+            return original(model, params, x, *rest)
+
+        return count
+
+    for name in seen:
+        monkeypatch.setattr(marref.shares, name, counting(name, getattr(marref.shares, name)))
+    monkeypatch.setattr(marref.shares, "_SHARE", 2 * 6 * 4 + 5)
+    monkeypatch.setattr(marref.shares, "_LOGITS_AT_ONCE", 5 * 8 + 7)
+    for num_threads, sequences in ((1, [1, 2, 2, 2]), (2, [1, 2, 2, 2]), (3, [1, 1, 1, 1, 1, 2])):
+        for counts in seen.values():
+            counts.clear()
+        marref.loss_and_grads(model, params, tokens, tokens, tokens < 6, num_threads=num_threads)
+        assert sorted(seen["body_forward"]) == sequences
+        assert max(seen["head_forward"]) <= 5
+        assert sum(seen["head_forward"]) == (tokens < 6).sum()
 
 
 def test_logits_are_made_a_few_at_a_time(monkeypatch):

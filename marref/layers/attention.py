@@ -136,9 +136,10 @@ def _softmax(scores: Array) -> Array:
     """Softmax over the last axis, written over the scores.
 
     exp(s_j) / Σ exp(s_k) is the same if all of a row's scores are moved.  Less their maximum, exp
-    cannot overflow and the sum cannot vanish.  Within ±50 neither can as it is, in NumPy's
-    precisions; a subclass stands for others.
+    cannot overflow and the sum cannot vanish.  Within ±50 neither can as it is, in float32 and
+    float64; a subclass stands for narrower precisions.
     """
+    # Where nothing is masked there may be no rows: hence the initial values.
     smallest, largest = scores.real.min(initial=0.0), scores.real.max(initial=0.0)
     if not (smallest > -50 and largest < 50 and type(scores) is np.ndarray):
         scores -= scores.real.max(axis=-1, keepdims=True)

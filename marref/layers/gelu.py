@@ -54,8 +54,9 @@ def backward(dy: Array, cache: Tree, kind: str) -> Array:
     ----------
     dy : array
     cache : dict
-        From `forward`; its slope is that of either kind.
+        From `forward`.
     kind : {"erf", "tanh"}
+        As in `forward`.  What depends on it is in the cache.
 
     Returns
     -------
