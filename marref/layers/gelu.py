@@ -41,7 +41,7 @@ def forward(x: Array, kind: str) -> tuple[Array, Tree]:
     cache : dict
         ``slope`` y′, of the shape of ``x``.
     """
-    gate, slope = _gate(x, kind)
+    gate, slope = _gate(x, kind)  # The slope is gate′, and becomes y′ in place.
     slope *= x
     slope += gate
     return x * gate, {"slope": slope}
