@@ -118,7 +118,7 @@ def iterative_decode(
     if dtype.kind == "c":
         raise TypeError(f"params: dtype {dtype}, expected float32 or float64")
     checks.integer("num_steps", num_steps, 1)
-    checks.integer("num_threads", num_threads, 1)
+    num_threads = checks.integer("num_threads", num_threads, 1)
     temperature = checks.real("temperature", temperature, "(0, inf)")
     choice_temperature = checks.real("choice_temperature", choice_temperature, "[0, inf)")
     checks.choice("order", order, ORDERS)

@@ -149,9 +149,10 @@ def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, float]:
     """
     max_norm = checks.real("max_norm", max_norm, "(0, inf)")
     _real_dtype("grads", grads, _shapes(grads))
-    # In float64: the square of 1e20 overflows float32.
-    pieces = (piece.astype(np.float64) for (piece,) in trees.pieces(grads))
-    norm = math.sqrt(math.fsum(float(np.vdot(piece, piece)) for piece in pieces))
+    # In float64: the square of 1e20 overflows float32.  No product of the BLAS, whose threads would
+    # keep their cores busy for a while after it.
+    squares = (np.square(piece, dtype=np.float64) for (piece,) in trees.pieces(grads))
+    norm = math.sqrt(math.fsum(float(square.sum()) for square in squares))
     if not math.isfinite(norm):
         raise FloatingPointError(f"grads: their norm is {norm}")
     factor = min(1.0, max_norm / (norm + 1e-6))

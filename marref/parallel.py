@@ -71,13 +71,13 @@ def threads(num_threads: int) -> Iterator[Run]:
     ...     run(sum, [[1, 2], [3, 4]])
     [3, 7]
     """
-    checks.integer("num_threads", num_threads, 1)
+    num_threads = checks.integer("num_threads", num_threads, 1)
     if num_threads > 1 and threadpoolctl is None:
         warnings.warn(
             f'num_threads: {num_threads} threads need threadpoolctl, pip install "marref[fast]"; '
             "going on with one",
             RuntimeWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     if num_threads == 1 or threadpoolctl is None:
         yield one_by_one

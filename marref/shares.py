@@ -87,7 +87,7 @@ def loss_and_grads(
     mask = checks.binary_mask("mask", mask, tokens.shape)
     if rng is not None:
         checks.generator("rng", rng)
-    checks.integer("num_threads", num_threads, 1)
+    num_threads = checks.integer("num_threads", num_threads, 1)
 
     num_masked = max(int(mask.sum()), 1)
 

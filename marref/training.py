@@ -110,7 +110,7 @@ def train(
     checks.choice("mask_schedule", mask_schedule, masking.SCHEDULES)
     checks.integer("mask_token_id", mask_token_id, 0, model.vocab_size - 1)
     checks.generator("rng", rng)
-    checks.integer("num_threads", num_threads, 1)
+    num_threads = checks.integer("num_threads", num_threads, 1)
 
     params = trees.map_leaves(np.copy, params)
     state = optim.init(params)

@@ -122,6 +122,22 @@ def test_attention_weights_that_are_let_go_are_computed_again(monkeypatch):
             np.testing.assert_allclose(flat(grads), expected, rtol=0, atol=atol)
 
 
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8])
+def test_the_number_of_threads_may_be_an_integer_of_numpy(dtype):
+    model = marref.build(vocab_size=5, embed_dim=32, num_layers=1, num_heads=1, seq_len=9)
+    params = strategies.random_params(model, np.random.default_rng(0))
+    tokens = np.random.default_rng(1).integers(5, size=(7, 9))
+
+    def run(num_threads):
+        rng = np.random.default_rng(2)
+        batch = (tokens, tokens, tokens < 3)
+        value, _ = marref.loss_and_grads(model, params, *batch, rng, num_threads=num_threads)
+        decoded = marref.iterative_decode(model, params, rng=rng, num_threads=num_threads)
+        return value, decoded.tolist()
+
+    assert run(dtype(2)) == run(2)
+
+
 def test_training_holds_few_sequences_and_logits_at_a_time(monkeypatch):
     model = marref.build(vocab_size=8, embed_dim=4, num_layers=1, num_heads=1, seq_len=6)
     params = strategies.random_params(model, np.random.default_rng(0))
