@@ -7,6 +7,7 @@ memory kept and a BLAS of one thread.
 """
 
 import contextlib
+import dataclasses
 import math
 import statistics
 import time
@@ -159,18 +160,31 @@ def logits_at_once() -> Ways:
     }
 
 
+def training(model: marref.MAR, batch: int, num_threads: int) -> Callable[[], object]:
+    """Loss and gradients of a batch."""
+    params = model.init(np.random.default_rng(0), np.float32)
+    rng = np.random.default_rng(1)
+    targets = rng.integers(1, model.vocab_size, (batch, model.seq_len))
+    tokens, mask = marref.mask_tokens(targets, 0.5, rng)
+    return lambda: marref.loss_and_grads(
+        model, params, tokens, targets, mask, num_threads=num_threads
+    )
+
+
+def threads(model: marref.MAR, batch: int) -> Ways:
+    """Train in two threads and in one."""
+    return {"two threads": training(model, batch, 2), "one thread": training(model, batch, 1)}
+
+
 def training_shares() -> Ways:
     """Loss and gradients of the seed configuration, batch 8, two threads."""
-    params = SEED.init(np.random.default_rng(0), np.float32)
-    rng = np.random.default_rng(1)
-    targets = rng.integers(1, 8192, (8, 256))
-    tokens, mask = marref.mask_tokens(targets, 0.5, rng)
+    step = training(SEED, 8, 2)
 
     def train(features: int, logits: int = 2**21) -> Callable[[], None]:
         def run() -> None:
             defaults = shares._SHARE, shares._LOGITS_AT_ONCE
             shares._SHARE, shares._LOGITS_AT_ONCE = features, logits
-            marref.loss_and_grads(SEED, params, tokens, targets, mask, num_threads=2)
+            step()
             shares._SHARE, shares._LOGITS_AT_ONCE = defaults
 
         return run
@@ -264,6 +278,10 @@ def main() -> None:
         compare("a thread's share in decoding, small, batch 16", decoding_shares())
         compare("one sequence in two threads", one_sequence())
         compare("switch interval of the interpreter", switch_interval())
+        for model in (SMALL, dataclasses.replace(SMALL, embed_dim=32)):
+            for batch in (8, 16, 32):
+                work = f"training, width {model.embed_dim}, {batch * model.seq_len:,} positions"
+                compare(work, threads(model, batch))
 
 
 if __name__ == "__main__":

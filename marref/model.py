@@ -25,15 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marref import checks, trees
-from marref.layers import (
-    attention,
-    block,
-    dropout,
-    embedding,
-    gelu,
-    layer_norm,
-    linear,
-)
+from marref.layers import attention, block, dropout, embedding, gelu, layer_norm, linear
 from marref.layers.dropout import Uniforms
 from marref.trees import Array, Index, Tree
 
