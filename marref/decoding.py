@@ -8,27 +8,32 @@ temperature,
     token = arg max z          or, with an rng, drawn from p
     confidence = p[token]
 
-How many are revealed in a step is the reveal schedule's word (`marref.schedules`).  Chang et al.
+`marref.schedules` says how many are revealed in a step.  Chang et al.
 2022 (MaskGIT, arXiv 2202.04200, section 3.2) introduced the scheme.
+
+This is the definition, written to be read; `marref.fast` computes the same sooner.  Page:
+docs/decoding.md.
 """
 
+import dataclasses
 import functools
-import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from marref import checks, parallel
+from marref import checks
 from marref.loss import log_softmax
-from marref.model import MAR, check_model, head_forward
+from marref.model import MAR, check_model
 from marref.schedules import SCHEDULES, Schedule
-from marref.shares import encode_masked
 from marref.trees import Array, Tree
 
 ORDERS = ("confidence", "random")
 
-_LOGITS_AT_ONCE = 2**20
+PredictAt = Callable[[Array, Array, Array | None], tuple[Array, Array]]
+"""``(tokens, masked, uniforms)`` to token and log-confidence at the masked positions, see
+`predict`."""
 
 
 def iterative_decode(
@@ -48,7 +53,6 @@ def iterative_decode(
     choice_temperature: float = 0.0,
     exclude_mask_token: bool = True,
     return_steps: bool = False,
-    num_threads: int = 1,
 ) -> npt.NDArray[np.int64] | Any:
     """Generate sequences by revealing the most confident tokens first.
 
@@ -87,10 +91,6 @@ def iterative_decode(
         False computes softmax and arg max over all ids, as some implementations do.  [MASK] may
         then be emitted; its position counts as revealed.
     return_steps : bool
-    num_threads : int
-        How many threads share the work, see `marref.parallel.threads`: the sequences or, if there
-        are fewer than threads, the heads and the positions of each block.  The result is the same
-        up to rounding.
 
     Returns
     -------
@@ -112,85 +112,257 @@ def iterative_decode(
     Equal confidences: the lower position is revealed first.  Equal logits: the lower id wins.
     Gumbel noise is drawn in float64: in float32 its tails are cut off (arXiv 2409.02908).
     """
-    tokens = _start(model, seq_len, vocab_size, batch_size, mask_token_id, tokens)
+    tokens = start(model, seq_len, vocab_size, batch_size, mask_token_id, tokens)
+    check_params(model, params, tokens)
+    rule = Rule(
+        num_steps=num_steps,
+        mask_token_id=mask_token_id,
+        temperature=temperature,
+        schedule=schedule,
+        order=order,
+        choice_temperature=choice_temperature,
+        exclude_mask_token=exclude_mask_token,
+    )
+
+    def predict_at(tokens: Array, masked: Array, uniforms: Array | None) -> tuple[Array, Array]:
+        return predict(model(params, tokens)[masked], rule, uniforms)
+
+    tokens, steps = decode(predict_at, tokens, rule, rng, params["head"]["bias"].dtype)
+    return (tokens, steps) if return_steps else tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a decoder does in its steps: arguments of `iterative_decode`, checked when built."""
+
+    num_steps: int
+    mask_token_id: int
+    temperature: float
+    schedule: str | Schedule
+    order: str
+    choice_temperature: float
+    exclude_mask_token: bool
+
+    def __post_init__(self) -> None:
+        checks.integer("num_steps", self.num_steps, 1)
+        checks.real("temperature", self.temperature, "(0, inf)")
+        checks.real("choice_temperature", self.choice_temperature, "[0, inf)")
+        checks.choice("order", self.order, ORDERS)
+        if not callable(self.schedule):
+            checks.choice("schedule", self.schedule, SCHEDULES)
+        if self.order == "random" and self.choice_temperature > 0:
+            raise ValueError(
+                f"choice_temperature: received {self.choice_temperature}, "
+                'expected 0 with order="random", which does not look at confidence'
+            )
+
+    def check_rng(self, rng: np.random.Generator | None) -> None:
+        """Raise unless there is a generator where one is needed."""
+        if rng is not None:
+            checks.generator("rng", rng)
+        elif self.order == "random" or self.choice_temperature > 0:
+            raise ValueError(
+                'rng: received None, but order="random" and choice_temperature need one'
+            )
+
+
+def decode(
+    predict_at: PredictAt,
+    tokens: Array,
+    rule: Rule,
+    rng: np.random.Generator | None,
+    dtype: np.dtype[Any],
+) -> tuple[Array, dict[str, Array]]:
+    """Run the steps of a decoder over what predicts the masked positions.
+
+    Parameters
+    ----------
+    predict_at : callable
+        The model's part, see `PredictAt`: in `iterative_decode` the definition's, in `marref.fast`
+        one that computes less.
+    tokens : int64 array [batch, length]
+        [MASK] where a token is wanted.
+    rule : Rule
+    rng : numpy.random.Generator or None
+    dtype : dtype
+        Of the confidences.
+
+    Returns
+    -------
+    tokens : int64 array [batch, length]
+    steps : dict
+        As `iterative_decode` returns them.
+    """
+    rule.check_rng(rng)
+    masked = tokens == rule.mask_token_id
+    counts, num_rounds = reveal_counts(rule, masked.sum(axis=1))
+    confidence = np.ones(tokens.shape, dtype)
+    steps = []
+    for step in range(counts.shape[1]):
+        uniforms = None if rng is None else rng.random(masked.sum())
+        predicted = tokens.copy()
+        log_confidence = np.full(tokens.shape, -np.inf, dtype)
+        predicted[masked], log_confidence[masked] = predict_at(tokens, masked, uniforms)
+        confidence = np.where(masked, np.exp(log_confidence), confidence)
+
+        progress = (step + 1) / np.maximum(num_rounds, 1)
+        priority = rank(log_confidence, masked, progress, rule, rng)
+        reveal = choose(priority, counts[:, step]) & masked
+        tokens = np.where(reveal, predicted, tokens)
+        masked = masked & ~reveal
+        steps.append({"tokens": tokens, "mask": masked, "confidence": confidence})
+    return tokens, _stacked(steps, tokens.shape, dtype)
+
+
+def predict(logits: Array, rule: Rule, uniforms: Array | None) -> tuple[Array, Array]:
+    """Predict a token from each row of logits, with the logarithm of its confidence.
+
+    The token is the arg max or, given a number u uniform in [0, 1) for each row, the first id
+    whose cumulative probability is above u.  Two tokens that are so sure that both confidences
+    round to 1 still differ in the logarithm.
+
+    Parameters
+    ----------
+    logits : array [masked, vocab_size]
+    rule : Rule
+    uniforms : float64 array [masked] or None
+
+    Returns
+    -------
+    tokens : integer array [masked]
+    log_confidence : array [masked]
+    """
+    checks.finite("logits", logits)
+    if rule.exclude_mask_token:
+        logits = logits.copy()
+        logits[:, rule.mask_token_id] = -np.inf
+    # Less the maximum first, so that a division by a small temperature overflows downwards only.
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    log_probabilities = log_softmax(over_temperature(shifted, rule.temperature))
+    tokens = logits.argmax(axis=1)
+    if uniforms is not None:
+        cumulative = np.cumsum(np.exp(log_probabilities), axis=1, dtype=np.float64)
+        bound = uniforms * cumulative[:, -1]
+        tokens = (cumulative <= bound[:, np.newaxis]).sum(axis=1)
+    return tokens, log_probabilities[np.arange(len(tokens)), tokens]
+
+
+def over_temperature(z: Array, temperature: float) -> Array:
+    """Compute z/T, with the nearest T that the dtype has: 0 and infinity would give NaN."""
+    limits = np.finfo(z.dtype)
+    with np.errstate(over="ignore"):
+        scaled: Array = z / float(np.clip(temperature, limits.tiny, limits.max))
+    return scaled
+
+
+def rank(
+    log_confidence: Array,
+    masked: Array,
+    progress: Array,
+    rule: Rule,
+    rng: np.random.Generator | None,
+) -> Array:
+    """Give every position the number by which it is revealed, the largest first.
+
+    Parameters
+    ----------
+    log_confidence : array [batch, length]
+        -inf where nothing is masked.
+    masked : bool array [batch, length]
+    progress : array [batch]
+        k/K in step k of K.
+    rule : Rule
+    rng : numpy.random.Generator or None
+
+    Returns
+    -------
+    float64 array [batch, length]
+        The log-confidence; with a choice temperature c, c (1 - k/K) Gumbel noise more; in random
+        order, uniform numbers where masked.
+    """
+    priority = log_confidence.astype(np.float64)
+    if rng is not None and rule.order == "random":
+        priority[masked] = rng.random(masked.sum())
+    elif rng is not None and rule.choice_temperature > 0:
+        annealed = rule.choice_temperature * (1.0 - progress)
+        priority += annealed[:, np.newaxis] * rng.gumbel(size=priority.shape)
+    return priority
+
+
+def choose(priority: Array, count: Array) -> Array:
+    """Mark the ``count`` entries of highest priority in each row, of equals the lower position.
+
+    Sorting gives the positions in order of priority; sorting these gives each position its place
+    in that order: 0 for the first to be revealed.
+
+    Parameters
+    ----------
+    priority : array [batch, length]
+    count : integer array [batch]
+
+    Returns
+    -------
+    bool array [batch, length]
+    """
+    order = np.argsort(-priority, axis=1, kind="stable")
+    place = np.argsort(order, axis=1)
+    chosen: Array = place < count[:, np.newaxis]
+    return chosen
+
+
+def reveal_counts(rule: Rule, num_masked: Array) -> tuple[Array, Array]:
+    """Ask the schedule how many tokens each sequence reveals in each step.
+
+    Parameters
+    ----------
+    rule : Rule
+    num_masked : integer array [batch]
+
+    Returns
+    -------
+    counts : int64 array [batch, steps]
+        Sequences with fewer steps than others have zeros at the end.
+    num_rounds : int64 array [batch]
+        The steps of each sequence.
+
+    Raises
+    ------
+    ValueError
+        The schedule's counts are not as `iterative_decode` says.
+    """
+    schedule = rule.schedule if callable(rule.schedule) else SCHEDULES[rule.schedule]
+    ask = functools.cache(schedule)
+    rows = []
+    for masked in map(int, num_masked):
+        row = np.asarray(ask(masked, rule.num_steps)) if masked else np.zeros(0, np.int64)
+        check_counts(row, masked, rule.num_steps)
+        rows.append(row)
+    num_rounds = np.array([len(row) for row in rows])
+    counts = np.zeros((len(rows), num_rounds.max()), np.int64)
+    for padded, row in zip(counts, rows, strict=True):
+        padded[: len(row)] = row
+    return counts, num_rounds
+
+
+def check_counts(counts: Array, num_masked: int, num_steps: int) -> None:
+    """Raise unless every step reveals something, and all is revealed in time."""
+    integers = counts.ndim == 1 and counts.dtype.kind in "iu" and len(counts) <= num_steps
+    if not integers or (counts < 1).any() or counts.sum() != num_masked:
+        raise ValueError(
+            f"schedule: returned {counts!r} for {num_masked} masked positions, "
+            f"expected at most {num_steps} integers >= 1 with the sum {num_masked}"
+        )
+
+
+def check_params(model: MAR, params: Tree, tokens: Array) -> None:
+    """Raise unless parameters and tokens fit the model, and the parameters are real."""
     model.check_inputs(params, tokens)
     dtype = params["head"]["bias"].dtype
     if dtype.kind == "c":
         raise TypeError(f"params: dtype {dtype}, expected float32 or float64")
-    checks.integer("num_steps", num_steps, 1)
-    num_threads = checks.integer("num_threads", num_threads, 1)
-    temperature = checks.real("temperature", temperature, "(0, inf)")
-    choice_temperature = checks.real("choice_temperature", choice_temperature, "[0, inf)")
-    checks.choice("order", order, ORDERS)
-    if not callable(schedule):
-        schedule = SCHEDULES[checks.choice("schedule", schedule, SCHEDULES)]
-    if rng is not None:
-        checks.generator("rng", rng)
-    elif order == "random" or choice_temperature > 0:
-        raise ValueError('rng: received None, but order="random" and choice_temperature need one')
-    if order == "random" and choice_temperature > 0:
-        raise ValueError(
-            f"choice_temperature: received {choice_temperature}, "
-            'expected 0 with order="random", which does not look at confidence'
-        )
-
-    masked = tokens == mask_token_id
-    counts, num_rounds = _reveal_counts(schedule, masked.sum(axis=1), num_steps)
-    confidence = np.ones(tokens.shape, dtype)
-    trace_shape = (counts.shape[1], *tokens.shape)
-    steps = {
-        "tokens": np.empty(trace_shape, np.int64),
-        "mask": np.empty(trace_shape, np.bool_),
-        "confidence": np.empty(trace_shape, dtype),
-    }
-
-    def predict(hidden: Array, uniforms: Array | None) -> tuple[Array, Array]:
-        """Predict a token at each of the positions, a few at a time: logits are large."""
-
-        def share(part: slice) -> tuple[Array, Array]:
-            logits, _ = head_forward(model, params, hidden[part])
-            checks.finite("logits", logits)
-            if exclude_mask_token:
-                logits[:, mask_token_id] = -np.inf
-            return _predict(logits, temperature, None if uniforms is None else uniforms[part])
-
-        num_parts = math.ceil(len(hidden) * model.vocab_size / _LOGITS_AT_ONCE)
-        parts = run(share, parallel.split(len(hidden), num_parts))
-        predicted, log_confidence = map(np.concatenate, zip(*parts, strict=True))
-        return predicted, log_confidence
-
-    with parallel.threads(num_threads) as run:
-        for step in range(counts.shape[1]):
-            # From nothing, all sequences are the same in the first step.
-            from_nothing = step == 0 and masked.all()
-            todo = slice(1) if from_nothing else masked.any(axis=1)
-            hidden = encode_masked(model, params, tokens[todo], masked[todo], run, num_threads)
-            if from_nothing:
-                hidden = np.tile(hidden, (len(tokens), 1))
-            uniforms = None if rng is None else rng.random(len(hidden))
-            predicted, log_confidence = predict(hidden, uniforms)
-            confidence[masked] = np.exp(log_confidence)
-
-            priority = np.full(tokens.shape, -np.inf)
-            priority[masked] = log_confidence
-            if rng is not None and order == "random":
-                priority[masked] = rng.random(len(predicted))
-            elif rng is not None and choice_temperature > 0:
-                annealed = choice_temperature * (1.0 - (step + 1) / np.maximum(num_rounds, 1))
-                priority += annealed[:, np.newaxis] * rng.gumbel(size=tokens.shape)
-
-            # Stable, so that of equal priorities the lower position comes first.
-            rank = np.argsort(np.argsort(-priority, axis=1, kind="stable"), axis=1)
-            reveal = masked & (rank < counts[:, step, np.newaxis])
-            tokens[reveal] = predicted[reveal[masked]]
-            masked &= ~reveal
-            steps["tokens"][step] = tokens
-            steps["mask"][step] = masked
-            steps["confidence"][step] = confidence
-    return (tokens, steps) if return_steps else tokens
 
 
-def _start(
+def start(
     model: MAR,
     seq_len: int | None,
     vocab_size: int | None,
@@ -217,53 +389,12 @@ def _start(
     return known
 
 
-def _reveal_counts(
-    schedule: Schedule, num_masked: Array, num_steps: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Reveal counts [batch, steps], and the number of steps of each sequence [batch].
-
-    Sequences with fewer steps than others get zeros at the end.
-    """
-    rows = []
-    schedule = functools.cache(schedule)
-    for masked in map(int, num_masked):
-        row = np.asarray(schedule(masked, num_steps)) if masked else np.zeros(0, np.int64)
-        integers = row.ndim == 1 and row.dtype.kind in "iu" and len(row) <= num_steps
-        if not integers or (row < 1).any() or row.sum() != masked:
-            raise ValueError(
-                f"schedule: returned {row!r} for {masked} masked positions, "
-                f"expected at most {num_steps} integers >= 1 with the sum {masked}"
-            )
-        rows.append(row)
-    num_rounds = np.array([len(row) for row in rows])
-    counts = np.zeros((len(rows), num_rounds.max()), np.int64)
-    for padded, row in zip(counts, rows, strict=True):
-        padded[: len(row)] = row
-    return counts, num_rounds
-
-
-def _predict(
-    logits: Array, temperature: float, uniforms: Array | None
-) -> tuple[npt.NDArray[np.intp], Array]:
-    """Predict a token from each row of logits, with the logarithm of its confidence.
-
-    The token is the arg max or, given a number u uniform in [0, 1) for each row, the first id
-    whose cumulative probability is above u.  The confidence of the arg max is 1/(1 + Σ odds), the
-    odds of the others being exp((z - z_max)/T); its logarithm tells sure tokens apart that a
-    float32 probability rounds to 1.
-    """
-    largest = np.arange(len(logits)), logits.argmax(axis=1)
-    odds = logits - logits[largest][:, np.newaxis]
-    # The nearest temperature that the dtype has: 0 or infinity would give 0/0.
-    limits = np.finfo(logits.dtype)
-    with np.errstate(over="ignore"):
-        odds /= float(np.clip(temperature, limits.tiny, limits.max))
-    if uniforms is not None:
-        log_probabilities = log_softmax(odds)
-        cumulative = np.cumsum(np.exp(log_probabilities), axis=1, dtype=np.float64)
-        bound = uniforms * cumulative[:, -1]
-        predicted = (cumulative <= bound[:, np.newaxis]).sum(axis=1)
-        return predicted, log_probabilities[largest[0], predicted]
-    np.exp(odds, out=odds)
-    odds[largest] = 0.0
-    return largest[1], -np.log1p(odds.sum(axis=1))
+def _stacked(
+    steps: list[dict[str, Array]], shape: tuple[int, ...], dtype: np.dtype[Any]
+) -> dict[str, Array]:
+    """Stack the states after every step: [steps, batch, length], also where there was no step."""
+    dtypes = {"tokens": np.dtype(np.int64), "mask": np.dtype(np.bool_), "confidence": dtype}
+    return {
+        name: np.array([step[name] for step in steps], kind).reshape(len(steps), *shape)
+        for name, kind in dtypes.items()
+    }

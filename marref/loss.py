@@ -3,7 +3,8 @@
     L = -(1/|M|) Σ_{i in M} log softmax(z_i)[y_i]
 
 z_i are the logits of position i, y_i its target, M the masked positions of the whole batch.
-Positions outside M have no part in it.  With M empty, L = 0 and its gradient is 0.
+Positions outside M have no part in it.  With M empty, L = 0 and its gradient is 0.  Page:
+docs/loss.md.
 """
 
 import numpy as np
@@ -47,7 +48,8 @@ def forward(
     -------
     loss : scalar
     cache : dict
-        ``mask`` [...], and that of `rows_forward` for the masked positions, one after the other.
+        ``mask`` [...], and of the masked positions, one after the other, ``targets`` [masked] and
+        ``log_probabilities`` log softmax(z) [masked, vocab_size].
     """
     logits = checks.array("logits", logits)
     trees.check_dtype("logits", logits.dtype)
@@ -58,14 +60,22 @@ def forward(
     checks.shape("targets", targets, logits.shape[:-1])
     mask = checks.binary_mask("mask", mask, logits.shape[:-1])
 
-    loss, cache = rows_forward(logits[mask], targets[mask], max(int(mask.sum()), 1))
-    return loss, {"mask": mask, **cache}
+    log_probabilities, ids = log_softmax(logits[mask]), targets[mask]
+    losses = -log_probabilities[np.arange(len(ids)), ids]
+    cache = {"mask": mask, "targets": ids, "log_probabilities": log_probabilities}
+    return losses.sum() / max(len(ids), 1), cache
 
 
 def backward(cache: Tree) -> Array:
     """Compute the gradient of the loss with respect to the logits.
 
-    That of the masked positions is the word of `rows_backward`; no other reaches the loss.
+    For one masked position, with p = softmax(z): ∂/∂z_k (log Σ_j exp z_j - z_y) = p_k - [k = y].
+    The mean divides by |M|:
+
+        dz_i = (softmax(z_i) - onehot(y_i)) / |M|        0 where i is not masked
+
+    At k = y, p_y - 1 = exp(log p_y) - 1 is taken as expm1(log p_y), which keeps its digits where
+    p_y is almost 1.
 
     Parameters
     ----------
@@ -77,71 +87,23 @@ def backward(cache: Tree) -> Array:
     array [..., vocab_size]
         dlogits, of the dtype of the logits.
     """
-    mask, drows = cache["mask"], rows_backward(cache)
-    dlogits = np.zeros((*mask.shape, drows.shape[-1]), drows.dtype)
-    dlogits[mask] = drows
-    return dlogits
-
-
-def rows_forward(logits: Array, targets: Array, num_masked: int) -> tuple[np.inexact, Tree]:
-    """Compute what some masked positions add to the loss: -Σ log softmax(z_i)[y_i] / |M|.
-
-    Parameters
-    ----------
-    logits : array [rows, vocab_size]
-    targets : integer array [rows]
-    num_masked : int
-        |M|, at least 1.
-
-    Returns
-    -------
-    loss : scalar
-    cache : dict
-        ``targets`` [rows], ``log_probabilities`` [rows, vocab_size] and ``num_masked`` [].
-    """
-    log_probabilities = log_softmax(logits)
-    losses = -log_probabilities[np.arange(len(targets)), targets]
-    return losses.sum() / num_masked, {
-        "targets": targets,
-        "log_probabilities": log_probabilities,
-        "num_masked": np.array(num_masked),
-    }
-
-
-def rows_backward(cache: Tree) -> Array:
-    """Compute the gradient of `rows_forward` with respect to the logits.
-
-    For one masked position, with p = softmax(z): ∂/∂z_k (log Σ_j exp z_j - z_y) = p_k - [k = y].
-    The mean divides by |M|:
-
-        dz_i = (softmax(z_i) - onehot(y_i)) / |M|
-
-    p_y - 1 is taken as expm1(log p_y), which keeps its digits where p_y is almost 1.
-
-    Parameters
-    ----------
-    cache : dict
-        From `rows_forward`.
-
-    Returns
-    -------
-    array [rows, vocab_size]
-        dlogits, of the dtype of the logits.
-    """
-    targets, log_probabilities = cache["targets"], cache["log_probabilities"]
-    at_target = np.arange(len(targets)), targets
-    dlogits: Array = np.exp(log_probabilities)
-    dlogits[at_target] = np.expm1(log_probabilities[at_target])
-    dlogits /= int(cache["num_masked"])
+    mask, ids, log_probabilities = (
+        cache[name] for name in ("mask", "targets", "log_probabilities")
+    )
+    at_target = np.arange(len(ids)), ids
+    differences = np.exp(log_probabilities)
+    differences[at_target] = np.expm1(log_probabilities[at_target])
+    dlogits = np.zeros((*mask.shape, log_probabilities.shape[-1]), log_probabilities.dtype)
+    dlogits[mask] = differences / max(len(ids), 1)
     return dlogits
 
 
 def log_softmax(logits: Array) -> Array:
     """Compute the logarithm of softmax for each row.
 
-    With z the logits less their largest, z_max = 0 and
+    With m the largest logit of a row and Σ′ the sum without it,
 
-        log p_k = z_k - log Σ_j exp z_j = z_k - log1p(Σ′_j exp z_j),     Σ′ without the largest
+        log p_k = (z_k - m) - log Σ_j exp(z_j - m) = (z_k - m) - log1p(Σ′_j exp(z_j - m))
 
     exp cannot overflow, no logarithm is taken of a probability that underflowed to 0, and log1p
     keeps the digits of a log p that is almost 0: the loss of a sure and right prediction.
@@ -156,8 +118,8 @@ def log_softmax(logits: Array) -> Array:
     array [rows, vocab_size]
     """
     largest = np.arange(len(logits)), logits.real.argmax(axis=1)
-    shifted: Array = logits - logits[largest][:, np.newaxis]
-    exponentials = np.exp(shifted)
-    exponentials[largest] = 0.0
-    shifted -= np.log1p(exponentials.sum(axis=1, keepdims=True))
-    return shifted
+    shifted = logits - logits[largest][:, np.newaxis]
+    others = np.exp(shifted)
+    others[largest] = 0.0
+    log_probabilities: Array = shifted - np.log1p(others.sum(axis=1, keepdims=True))
+    return log_probabilities

@@ -37,9 +37,14 @@ def _truncated_normal(u: Array) -> Array:
     return ratio
 
 
+def one_minus_cosine(u: Array) -> Array:
+    """Compute 1 - cos(πu/2) = 2 sin²(πu/4), which does not cancel for small u."""
+    ratio: Array = 2.0 * np.sin(math.pi / 4 * u) ** 2
+    return ratio
+
+
 SCHEDULES: dict[str, Callable[[Array], Array]] = {
-    # 1 - cos(2a) = 2 sin²(a) does not cancel for small u.
-    "one-minus-cosine": lambda u: 2.0 * np.sin(math.pi / 4 * u) ** 2,
+    "one-minus-cosine": one_minus_cosine,
     "cosine": lambda u: np.cos(math.pi / 2 * u),
     "arccos": lambda u: 2.0 / math.pi * np.arccos(u),
     "uniform": lambda u: u,

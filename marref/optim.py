@@ -9,15 +9,28 @@ Adam (Kingma and Ba 2015, arXiv 1412.6980, algorithm 1), with gradient g, step t
 The moments start at 0 and so are too small at first; m̂ and v̂ undo that.  λ > 0 is decoupled
 weight decay (AdamW; Loshchilov and Hutter 2019, arXiv 1711.05101, algorithm 2).  As in PyTorch,
 the decay is multiplied by η; in the paper by the schedule's factor only.
+
+This is the definition, written to be read; `marref.adam_step` computes the same sooner.  Page:
+docs/adam.md.
 """
 
+import functools
 import math
+import operator
 from typing import Any
 
 import numpy as np
 
-from marref import checks, parallel, trees
+from marref import checks, trees
 from marref.trees import Array, Tree
+
+_RANGES = {
+    "learning_rate": "[0, inf)",
+    "beta1": "[0, 1)",
+    "beta2": "[0, 1)",
+    "epsilon": "(0, inf)",
+    "weight_decay": "[0, inf)",
+}
 
 
 def init(params: Tree) -> Tree:
@@ -50,8 +63,6 @@ def step(
     beta2: float = 0.999,
     epsilon: float = 1e-8,
     weight_decay: float = 0.0,
-    in_place: bool = False,
-    num_threads: int = 1,
 ) -> tuple[Tree, Tree]:
     """Take one step of Adam.
 
@@ -67,58 +78,63 @@ def step(
         β₁, β₂ in [0, 1) and ε > 0; the defaults are the paper's.
     weight_decay : float
         λ >= 0; 0 is Adam, more is AdamW, on all parameters (as in PyTorch with one group).
-    in_place : bool
-        True writes to the arrays of ``params`` and ``state``, which saves the memory of a second
-        set of them.
-    num_threads : int
-        How many threads share the work; the result does not depend on it.
 
     Returns
     -------
     params, state : dict
-        New trees, and the arguments are left as they were; with ``in_place``, the same arrays.
+        New trees; the arguments are left as they were.
 
     Raises
     ------
     TypeError, ValueError
-        The trees differ in structure, shape or dtype, a number is outside its range, or an array
-        that ``in_place`` would write to is read-only.
+        The trees differ in structure, shape or dtype, or a number is outside its range.
     """
-    learning_rate = checks.real("learning_rate", learning_rate, "[0, inf)")
-    beta1 = checks.real("beta1", beta1, "[0, 1)")
-    beta2 = checks.real("beta2", beta2, "[0, 1)")
-    epsilon = checks.real("epsilon", epsilon, "(0, inf)")
-    weight_decay = checks.real("weight_decay", weight_decay, "[0, inf)")
-    num_threads = checks.integer("num_threads", num_threads, 1)
-    _check_state(params, grads, state)
-    if in_place:
-        _check_writeable("params", params)
-        _check_writeable("state", state)
+    settings: dict[str, Any] = check_settings(
+        learning_rate=learning_rate,
+        beta1=beta1,
+        beta2=beta2,
+        epsilon=epsilon,
+        weight_decay=weight_decay,
+    )
+    check_state(params, grads, state)
+    t = int(state["step"]) + 1
+    updated = trees.map_leaves(
+        functools.partial(update, t=t, **settings),
+        params,
+        grads,
+        state["first_moment"],
+        state["second_moment"],
+    )
+    params, m, v = (trees.map_leaves(operator.itemgetter(part), updated) for part in range(3))
+    return params, {"step": np.array(t, np.int64), "first_moment": m, "second_moment": v}
 
-    count = int(state["step"]) + 1
-    correction1 = 1.0 - beta1**count
-    correction2 = 1.0 - beta2**count
 
-    if not in_place:
-        params, state = trees.map_leaves(np.copy, params), trees.map_leaves(np.copy, state)
+def update(
+    param: Array,
+    grad: Array,
+    m: Array,
+    v: Array,
+    *,
+    t: int,
+    learning_rate: float,
+    beta1: float,
+    beta2: float,
+    epsilon: float,
+    weight_decay: float,
+) -> tuple[Array, Array, Array]:
+    """Take step t on one array, by the formulas at the head of this file.
 
-    def update(param: Array, grad: Array, m: Array, v: Array) -> None:
-        m *= beta1
-        m += (1.0 - beta1) * grad
-        v *= beta2
-        v += (1.0 - beta2) * (grad * grad)
-        change = np.sqrt(v)
-        change += epsilon * math.sqrt(correction2)
-        np.divide(m, change, out=change)
-        change *= learning_rate * math.sqrt(correction2) / correction1
-        if weight_decay > 0.0:
-            param *= 1.0 - learning_rate * weight_decay
-        param -= change
-
-    with parallel.threads(num_threads) as run:
-        pieces = trees.pieces(params, grads, state["first_moment"], state["second_moment"])
-        run(update, *zip(*pieces, strict=True))
-    return params, {**state, "step": np.array(count, np.int64)}
+    Returns
+    -------
+    param, m, v : arrays
+    """
+    m = beta1 * m + (1.0 - beta1) * grad
+    v = beta2 * v + (1.0 - beta2) * (grad * grad)
+    corrected_m = m / (1.0 - beta1**t)
+    corrected_v = v / (1.0 - beta2**t)
+    direction = corrected_m / (np.sqrt(corrected_v) + epsilon)
+    param = param - learning_rate * (direction + weight_decay * param)
+    return np.asarray(param), np.asarray(m), np.asarray(v)
 
 
 def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, float]:
@@ -149,10 +165,9 @@ def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, float]:
     """
     max_norm = checks.real("max_norm", max_norm, "(0, inf)")
     _real_dtype("grads", grads, _shapes(grads))
-    # In float64: the square of 1e20 overflows float32.  No product of the BLAS, whose threads would
-    # keep their cores busy for a while after it.
-    squares = (np.square(piece, dtype=np.float64) for (piece,) in trees.pieces(grads))
-    norm = math.sqrt(math.fsum(float(square.sum()) for square in squares))
+    # In float64: the square of 1e20 overflows float32.
+    squares = (np.square(leaf, dtype=np.float64) for leaf in trees.flatten(grads).values())
+    norm = math.sqrt(sum(float(square.sum()) for square in squares))
     if not math.isfinite(norm):
         raise FloatingPointError(f"grads: their norm is {norm}")
     factor = min(1.0, max_norm / (norm + 1e-6))
@@ -168,7 +183,7 @@ def warmup_cosine(step: int, *, peak: float, warmup_steps: int, total_steps: int
         step < w:    peak (step + 1) / (w + 1)
         step >= w:   peak (1 + cos(π (step - w) / (n - w))) / 2
 
-    The first step already moves, step w has the peak, and the rate after the last is 0.
+    The first step already moves, step w has the peak, and at step = total_steps the rate is 0.
 
     Parameters
     ----------
@@ -199,24 +214,12 @@ def warmup_cosine(step: int, *, peak: float, warmup_steps: int, total_steps: int
     return peak * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
-    return {name: leaf.shape for name, leaf in trees.flatten(tree).items()}
+def check_settings(**settings: float) -> dict[str, float]:
+    """Return the numbers of `step` as floats; raise unless they are in their ranges."""
+    return {name: checks.real(name, value, _RANGES[name]) for name, value in settings.items()}
 
 
-def _real_dtype(argument: str, tree: Tree, shapes: dict[str, tuple[int, ...]]) -> np.dtype[Any]:
-    dtype = trees.check_like(argument, tree, shapes)
-    if dtype.kind == "c":
-        raise TypeError(f"{argument}: dtype {dtype}, expected float32 or float64")
-    return dtype
-
-
-def _check_writeable(argument: str, tree: Tree) -> None:
-    for name, leaf in trees.flatten(tree).items():
-        if not leaf.flags.writeable:
-            raise ValueError(f"{argument}: {name} is read-only, expected arrays to write to")
-
-
-def _check_state(params: Tree, grads: Tree, state: Tree) -> None:
+def check_state(params: Tree, grads: Tree, state: Tree) -> None:
     """Raise unless gradients and moments are trees like the parameters, of the same dtype."""
     shapes = _shapes(params)
     dtype = _real_dtype("params", params, shapes)
@@ -231,3 +234,14 @@ def _check_state(params: Tree, grads: Tree, state: Tree) -> None:
         found = trees.check_like(name, tree, shapes)
         if found != dtype:
             raise TypeError(f"{name}: dtype {found}, expected {dtype} as in params")
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    return {name: leaf.shape for name, leaf in trees.flatten(tree).items()}
+
+
+def _real_dtype(argument: str, tree: Tree, shapes: dict[str, tuple[int, ...]]) -> np.dtype[Any]:
+    dtype = trees.check_like(argument, tree, shapes)
+    if dtype.kind == "c":
+        raise TypeError(f"{argument}: dtype {dtype}, expected float32 or float64")
+    return dtype

@@ -4,8 +4,7 @@ Parameters, gradients, caches and optimiser moments are all trees.  A leaf's nam
 joined by dots, with list positions as numbers: ``blocks.0.attention.query.kernel``.
 """
 
-import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -13,10 +12,6 @@ import numpy.typing as npt
 
 Array: TypeAlias = npt.NDArray[Any]
 Tree: TypeAlias = dict[str, Any]
-Index: TypeAlias = types.EllipsisType | tuple[Any, ...]
-"""What selects positions of an array [batch, length, ...]; ``...`` selects all."""
-
-_PIECE = 2**18
 
 
 def flatten(tree: Any) -> dict[str, Array]:
@@ -112,7 +107,7 @@ def _with_lists(node: Any, name: str) -> Any:
     return [children[position] for position in positions]
 
 
-def map_leaves(function: Callable[..., Array], tree: Any, *others: Any) -> Any:
+def map_leaves(function: Callable[..., Any], tree: Any, *others: Any) -> Any:
     """Apply a function to the leaves of trees of the same structure.
 
     Parameters
@@ -149,26 +144,6 @@ def map_leaves(function: Callable[..., Array], tree: Any, *others: Any) -> Any:
             for child, *children in zip(tree, *others, strict=True)
         ]
     return None if tree is None else function(tree, *others)
-
-
-def pieces(tree: Any, *others: Any) -> Iterator[tuple[Array, ...]]:
-    """Cut the leaves of trees of the same structure into pieces that fit into a cache.
-
-    Parameters
-    ----------
-    tree, *others : trees
-
-    Yields
-    ------
-    tuple of array
-        Views of the same part of a leaf of each tree, along its first axis.
-    """
-    leaves_of_others = [flatten(other) for other in others]
-    for name, first in flatten(tree).items():
-        leaves = [np.atleast_1d(leaf) for leaf in (first, *(o[name] for o in leaves_of_others))]
-        rows = max(1, _PIECE * len(leaves[0]) // max(1, first.size))
-        for start in range(0, len(leaves[0]), rows):
-            yield tuple(leaf[start : start + rows] for leaf in leaves)
 
 
 def check_like(argument: str, tree: Any, shapes: Mapping[str, tuple[int, ...]]) -> np.dtype[Any]:

@@ -1,12 +1,27 @@
-"""The domain of the property tests: models, parameters and batches."""
+"""The domain of the property tests: models, parameters and batches; and the two ways."""
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
+import pytest
 from hypothesis import strategies as st
 
 import marref
 from marref import trees
+
+
+class Way(NamedTuple):
+    """What the definition and the fast way both offer."""
+
+    loss_and_grads: Callable[..., Any]
+    adam_step: Callable[..., Any]
+    iterative_decode: Callable[..., Any]
+
+
+DEFINITION = Way(marref.model.loss_and_grads, marref.optim.step, marref.decoding.iterative_decode)
+FAST = Way(marref.loss_and_grads, marref.adam_step, marref.iterative_decode)
+both_ways = pytest.mark.parametrize("way", [DEFINITION, FAST], ids=["definition", "fast"])
 
 
 class Case(NamedTuple):
@@ -53,3 +68,22 @@ def cases(draw, dropout=0.0, dtype=np.float64, max_batch=3):
     targets = rng.integers(model.vocab_size, size=shape)
     tokens, mask = marref.mask_tokens(targets, rng.random(shape[0]), rng)
     return Case(model, random_params(model, rng, dtype), tokens, targets, mask, seed)
+
+
+@st.composite
+def masks(draw):
+    shape = (draw(st.integers(1, 4)), draw(st.integers(1, 6)))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return rng.random(shape) < draw(st.sampled_from([0.0, 0.3, 0.7, 1.0]))
+
+
+def steepness(cache):
+    """How much larger the rounding of a model's gradients may be than the gradients.
+
+    The backward of a layer norm, s (dx̂ - mean(dx̂) - x̂ mean(dx̂ ⊙ x̂)) with s = 1/√(σ² + ε), rounds
+    terms of the size of s dx̂.  With two features, x̂ is ±1 but for ε, and they all but cancel.
+    """
+    norms = [cache["final_norm"]]
+    for block in cache["blocks"]:
+        norms += [block["attention_norm"], block["feed_forward_norm"]]
+    return max(1.0, *(float(norm["inverse_std"].max()) for norm in norms))

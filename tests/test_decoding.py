@@ -10,6 +10,7 @@ import marref
 from marref import decoding, schedules, trees
 
 from . import strategies
+from .strategies import both_ways
 
 
 @st.composite
@@ -30,6 +31,19 @@ def decodings(draw):
     return case, options, (lambda: np.random.default_rng(seed)) if sampled else (lambda: None)
 
 
+def rule(**changes):
+    options = {
+        "num_steps": 4,
+        "mask_token_id": 0,
+        "temperature": 1.0,
+        "schedule": "linear",
+        "order": "confidence",
+        "choice_temperature": 0.0,
+        "exclude_mask_token": True,
+    }
+    return decoding.Rule(**{**options, **changes})
+
+
 def with_logits(logits, seq_len=4):
     """A model whose logits are the given ones at every position, whatever the tokens."""
     model = marref.build(len(logits), embed_dim=2, num_layers=1, num_heads=1, seq_len=seq_len)
@@ -38,11 +52,12 @@ def with_logits(logits, seq_len=4):
     return model, params
 
 
+@both_ways
 @given(decoding=decodings())
 @settings(max_examples=150)
-def test_what_holds_for_every_decoding(decoding):
+def test_what_holds_for_every_decoding(way, decoding):
     (model, params, start, *_), options, make_rng = decoding
-    tokens, steps = marref.iterative_decode(
+    tokens, steps = way.iterative_decode(
         model, params, tokens=start, rng=make_rng(), return_steps=True, **options
     )
     known = start != 0
@@ -71,14 +86,15 @@ def test_what_holds_for_every_decoding(decoding):
     assert ((confidence > 0) & (confidence <= 1 + 1e-12)).all()
     assert (confidence[:, known] == 1).all()
 
-    again = marref.iterative_decode(model, params, tokens=start, rng=make_rng(), **options)
+    again = way.iterative_decode(model, params, tokens=start, rng=make_rng(), **options)
     np.testing.assert_array_equal(again, tokens, "one seed is one result")
 
 
+@both_ways
 @given(case=strategies.cases(), temperature=st.sampled_from([0.3, 1.0, 3.0]))
-def test_each_step_reveals_the_most_confident_arg_max(case, temperature):
+def test_each_step_reveals_the_most_confident_arg_max(way, case, temperature):
     model, params, start, *_ = case
-    _, steps = marref.iterative_decode(
+    _, steps = way.iterative_decode(
         model, params, tokens=start, temperature=temperature, num_steps=3, return_steps=True
     )
     tokens, mask = start, start == 0
@@ -100,31 +116,34 @@ def test_each_step_reveals_the_most_confident_arg_max(case, temperature):
         tokens, mask = after, mask_after
 
 
+@both_ways
 @given(case=strategies.cases())
 @settings(max_examples=30)
-def test_a_sequence_does_not_depend_on_the_batch_that_it_sits_in(case):
+def test_a_sequence_does_not_depend_on_the_batch_that_it_sits_in(way, case):
     model, params, start, *_ = case
-    together = marref.iterative_decode(model, params, tokens=start, num_steps=3)
+    together = way.iterative_decode(model, params, tokens=start, num_steps=3)
     alone = [
-        marref.iterative_decode(model, params, tokens=row[np.newaxis], num_steps=3) for row in start
+        way.iterative_decode(model, params, tokens=row[np.newaxis], num_steps=3) for row in start
     ]
     np.testing.assert_array_equal(together, np.concatenate(alone))
 
 
-def test_the_specification_s_call_returns_one_sequence():
+@both_ways
+def test_the_specification_s_call_returns_one_sequence(way):
     model = marref.build(vocab_size=9, embed_dim=8, num_layers=1, num_heads=2, seq_len=12)
     params = model.init(np.random.default_rng(0))
-    tokens = marref.iterative_decode(
+    tokens = way.iterative_decode(
         model, params, seq_len=12, vocab_size=9, num_steps=8, mask_token_id=0, temperature=1.0
     )
     assert tokens.shape == (1, 12)
-    np.testing.assert_array_equal(marref.iterative_decode(model, params), tokens)
-    assert marref.iterative_decode(model, params, seq_len=5, batch_size=3).shape == (3, 5)
+    np.testing.assert_array_equal(way.iterative_decode(model, params), tokens)
+    assert way.iterative_decode(model, params, seq_len=5, batch_size=3).shape == (3, 5)
 
 
-def test_equal_confidences_go_to_the_lower_position_and_equal_logits_to_the_lower_id():
+@both_ways
+def test_equal_confidences_go_to_the_lower_position_and_equal_logits_to_the_lower_id(way):
     model, params = with_logits([0.0, 1.0, 1.0], seq_len=4)
-    tokens, steps = marref.iterative_decode(
+    tokens, steps = way.iterative_decode(
         model, params, num_steps=4, schedule="linear", return_steps=True
     )
     assert tokens.tolist() == [[1, 1, 1, 1]]
@@ -136,16 +155,18 @@ def test_equal_confidences_go_to_the_lower_position_and_equal_logits_to_the_lowe
     ]
 
 
-def test_the_mask_token_is_left_out_of_the_softmax_too():
+@both_ways
+def test_the_mask_token_is_left_out_of_the_softmax_too(way):
     model, params = with_logits([5.0, 1.0, 0.0])
-    tokens, steps = marref.iterative_decode(model, params, num_steps=1, return_steps=True)
+    tokens, steps = way.iterative_decode(model, params, num_steps=1, return_steps=True)
     assert (tokens == 1).all()
     assert steps["confidence"] == pytest.approx(1 / (1 + np.exp(-1)))
 
 
-def test_with_exclude_mask_token_off_the_mask_token_may_be_emitted():
+@both_ways
+def test_with_exclude_mask_token_off_the_mask_token_may_be_emitted(way):
     model, params = with_logits([5.0, 1.0, 0.0])
-    tokens, steps = marref.iterative_decode(
+    tokens, steps = way.iterative_decode(
         model, params, num_steps=2, exclude_mask_token=False, return_steps=True
     )
     assert (tokens == 0).all()
@@ -153,48 +174,51 @@ def test_with_exclude_mask_token_off_the_mask_token_may_be_emitted():
     assert steps["confidence"] == pytest.approx(1 / (1 + np.exp(-4) + np.exp(-5)))
 
 
-def test_another_id_may_be_the_mask_token():
+@both_ways
+def test_another_id_may_be_the_mask_token(way):
     model, params = with_logits([0.0, 1.0, 9.0])
-    tokens = marref.iterative_decode(model, params, mask_token_id=2, tokens=[[2, 0, 2, 2]])
+    tokens = way.iterative_decode(model, params, mask_token_id=2, tokens=[[2, 0, 2, 2]])
     assert tokens.tolist() == [[1, 0, 1, 1]]
 
 
-def test_temperature_scales_confidence_but_not_the_arg_max():
+@both_ways
+def test_temperature_scales_confidence_but_not_the_arg_max(way):
     model, params = with_logits([0.0, 2.0, 1.0])
     for temperature in (0.5, 1.0, 4.0):
-        tokens, steps = marref.iterative_decode(
+        tokens, steps = way.iterative_decode(
             model, params, num_steps=1, temperature=temperature, return_steps=True
         )
         assert (tokens == 1).all()
         assert steps["confidence"] == pytest.approx(1 / (1 + np.exp(-1 / temperature)))
 
 
-def test_extreme_temperatures_give_no_nan():
+@both_ways
+def test_extreme_temperatures_give_no_nan(way):
     model, params = with_logits([0.0, 2.0, 1.0])
     narrow = trees.map_leaves(lambda leaf: leaf.astype(np.float32), params)
     for temperature in (1e-46, 1e39):
         rng = np.random.default_rng(0)
         options = {"temperature": temperature, "rng": rng, "return_steps": True}
-        _, steps = marref.iterative_decode(model, narrow, **options)
+        _, steps = way.iterative_decode(model, narrow, **options)
         assert np.isfinite(steps["confidence"]).all()
     for temperature in (1e-300, 1e300):
-        _, steps = marref.iterative_decode(
-            model, params, temperature=temperature, return_steps=True
-        )
+        _, steps = way.iterative_decode(model, params, temperature=temperature, return_steps=True)
         assert np.isfinite(steps["confidence"]).all()
 
 
 def test_confidence_keeps_sure_tokens_apart_in_float32():
     # 1 - 1e-10 and 1 - 1e-12 are both 1 in float32; their logarithms are not equal.
-    logits = np.array([[-np.inf, 0.0, -23.0], [-np.inf, 0.0, -27.6]], np.float32)
-    _, log_confidence = decoding._predict(logits, 1.0, None)
+    logits = np.array([[50.0, 0.0, -23.0], [50.0, 0.0, -27.6]], np.float32)
+    assert np.float32(1 - 1e-10) == np.float32(1 - 1e-12) == 1
+    _, log_confidence = decoding.predict(logits, rule(mask_token_id=0), None)
     np.testing.assert_allclose(log_confidence, -np.exp([-23.0, -27.6]), rtol=1e-5)
 
 
-def test_drawn_tokens_follow_the_softmax_at_the_temperature():
+@both_ways
+def test_drawn_tokens_follow_the_softmax_at_the_temperature(way):
     logits, temperature, count = [3.0, 0.0, 1.0, 2.0], 1.5, 40_000
     model, params = with_logits(logits, seq_len=4)
-    tokens, steps = marref.iterative_decode(
+    tokens, steps = way.iterative_decode(
         model,
         params,
         batch_size=count // 4,
@@ -209,9 +233,10 @@ def test_drawn_tokens_follow_the_softmax_at_the_temperature():
     np.testing.assert_allclose(steps["confidence"][-1], expected[tokens - 1], rtol=1e-12)
 
 
-def test_random_order_reveals_every_position_first_equally_often():
+@both_ways
+def test_random_order_reveals_every_position_first_equally_often(way):
     model, params = with_logits([0.0, 1.0, 2.0], seq_len=4)
-    _, steps = marref.iterative_decode(
+    _, steps = way.iterative_decode(
         model,
         params,
         batch_size=8000,
@@ -224,12 +249,13 @@ def test_random_order_reveals_every_position_first_equally_often():
     assert stats.chisquare(first).pvalue > 1e-3
 
 
-def test_a_large_choice_temperature_makes_the_order_random():
+@both_ways
+def test_a_large_choice_temperature_makes_the_order_random(way):
     model = marref.build(vocab_size=3, embed_dim=2, num_layers=1, num_heads=1, seq_len=3)
     params = strategies.random_params(model, np.random.default_rng(1))
 
     def first_revealed(choice_temperature):
-        _, steps = marref.iterative_decode(
+        _, steps = way.iterative_decode(
             model,
             params,
             batch_size=2000,
@@ -264,20 +290,21 @@ class OneNudge(np.random.Generator):
         return noise
 
 
+@both_ways
 @pytest.mark.parametrize("num_steps", [4, 9])
 @pytest.mark.parametrize("step", [1, 2, 3])
-def test_gumbel_noise_in_step_k_of_K_is_scaled_by_1_minus_k_over_K(step, num_steps):
+def test_gumbel_noise_in_step_k_of_K_is_scaled_by_1_minus_k_over_K(way, step, num_steps):
     # There are four tokens, so K is 4 even if more steps are asked for.
     model = marref.build(vocab_size=5, embed_dim=4, num_layers=1, num_heads=1, seq_len=4)
     params = strategies.random_params(model, np.random.default_rng(2))
     options = {"num_steps": num_steps, "schedule": "linear", "return_steps": True}
-    _, quiet = marref.iterative_decode(model, params, rng=OneNudge(0, (0, 0)), **options)
+    _, quiet = way.iterative_decode(model, params, rng=OneNudge(0, (0, 0)), **options)
     last = int(np.flatnonzero(quiet["mask"][2, 0])[0])
     confidence = np.log(quiet["confidence"][step - 1, 0])
     masked = quiet["mask"][step - 2, 0] if step > 1 else np.ones(4, bool)
     gap = confidence[masked].max() - confidence[last]
     for factor, overtakes in ((0.99, False), (1.01, True)):
-        _, steps = marref.iterative_decode(
+        _, steps = way.iterative_decode(
             model,
             params,
             choice_temperature=factor * gap / (1 - step / 4),
@@ -287,86 +314,119 @@ def test_gumbel_noise_in_step_k_of_K_is_scaled_by_1_minus_k_over_K(step, num_ste
         assert steps["mask"][step - 1, 0, last] == (not overtakes)
 
 
-def test_a_schedule_may_be_a_function():
+@both_ways
+def test_a_schedule_may_be_a_function(way):
     model, params = with_logits([0.0, 1.0, 2.0], seq_len=5)
-    _, steps = marref.iterative_decode(
+    _, steps = way.iterative_decode(
         model, params, schedule=lambda masked, _: [masked - 1, 1], return_steps=True
     )
     assert steps["mask"].sum(axis=(1, 2)).tolist() == [1, 0]
 
 
-def test_nothing_masked_takes_no_step():
+@both_ways
+def test_nothing_masked_takes_no_step(way):
     model, params = with_logits([0.0, 1.0, 2.0])
-    tokens, steps = marref.iterative_decode(model, params, tokens=[[1, 2, 1]], return_steps=True)
+    tokens, steps = way.iterative_decode(model, params, tokens=[[1, 2, 1]], return_steps=True)
     assert tokens.tolist() == [[1, 2, 1]]
     assert {name: array.shape for name, array in steps.items()} == dict.fromkeys(
         ("tokens", "mask", "confidence"), (0, 1, 3)
     )
 
 
-def test_the_head_runs_at_the_masked_positions_only(monkeypatch):
-    model, params = with_logits([0.0, 1.0, 2.0], seq_len=6)
-    rows = []
-    original = decoding.head_forward
-
-    def counting(model, params, x):
-        rows.append(x.shape)
-        return original(model, params, x)
-
-    monkeypatch.setattr(decoding, "head_forward", counting)
-    marref.iterative_decode(
-        model, params, tokens=[[0, 1, 0, 0, 1, 1]], num_steps=3, schedule="linear"
-    )
-    assert rows == [(3, 2), (2, 2), (1, 2)]
-
-
-def count_sequences(monkeypatch):
-    """Let every step note how many sequences it computes."""
-    batches = []
-    original = decoding.encode_masked
-
-    def counting(model, params, tokens, *rest):
-        batches.append(len(tokens))
-        return original(model, params, tokens, *rest)
-
-    monkeypatch.setattr(decoding, "encode_masked", counting)
-    return batches
-
-
-def test_a_sequence_that_is_complete_is_not_computed_again(monkeypatch):
-    model, params = with_logits([0.0, 1.0, 2.0], seq_len=3)
-    batches = count_sequences(monkeypatch)
-    marref.iterative_decode(model, params, tokens=[[0, 0, 0], [1, 0, 1], [1, 1, 1]], num_steps=3)
-    assert batches == [2, 1, 1]
-
-
-@given(case=strategies.cases(), num_threads=st.integers(1, 3))
-@settings(max_examples=20)
-def test_from_nothing_the_first_step_is_computed_once_for_all_sequences(case, num_threads):
-    """Beside a sequence that is known it is not, and gives the same tokens."""
-    model, params, *_, seed = case
-    shape = (3, model.seq_len)
-
-    def decode(**start):
-        rng = np.random.default_rng(seed)
-        options = {"num_steps": 2, "num_threads": num_threads}
-        return marref.iterative_decode(model, params, rng=rng, **options, **start)
-
-    with pytest.MonkeyPatch.context() as patch:
-        batches = count_sequences(patch)
-        tokens = decode(batch_size=3)
-        assert batches == [1, 3][: model.seq_len]
-        batches.clear()
-        beside = decode(tokens=[*np.zeros(shape, int), np.ones(model.seq_len, int)])
-        assert batches == [3, 3][: model.seq_len]
-    np.testing.assert_array_equal(tokens, beside[:3])
-
-
-def test_defaults_are_those_of_the_specification():
+@both_ways
+def test_defaults_are_those_of_the_specification(way):
     defaults = {
         name: parameter.default
-        for name, parameter in inspect.signature(marref.iterative_decode).parameters.items()
+        for name, parameter in inspect.signature(way.iterative_decode).parameters.items()
     }
     expected = {"num_steps": 8, "mask_token_id": 0, "temperature": 1.0, "schedule": "cosine"}
     assert expected.items() <= defaults.items()
     assert (defaults["order"], defaults["rng"]) == ("confidence", None)
+
+
+# The parts of the definition.
+
+rows = st.integers(1, 4)
+seeds = st.integers(0, 2**32 - 1)
+
+
+@given(num=rows, vocab_size=st.integers(2, 6), mask_token_id=st.integers(0, 1), seed=seeds)
+def test_predict_draws_the_first_id_whose_cumulative_probability_is_above_u(
+    num, vocab_size, mask_token_id, seed
+):
+    rng = np.random.default_rng(seed)
+    logits, uniforms = rng.normal(0.0, 2.0, (num, vocab_size)), rng.random(num)
+    before = logits.copy()
+    tokens, log_confidence = decoding.predict(
+        logits, rule(mask_token_id=mask_token_id, temperature=0.7), uniforms
+    )
+    np.testing.assert_array_equal(logits, before, "the logits are left alone")
+    for row, u, token, log_p in zip(logits, uniforms, tokens, log_confidence, strict=True):
+        p = np.exp(row / 0.7)
+        p[mask_token_id] = 0.0
+        p /= p.sum()
+        assert p[:token].sum() <= u + 1e-12
+        assert p[: token + 1].sum() > u - 1e-12
+        assert log_p == pytest.approx(np.log(p[token]), rel=1e-12, abs=1e-12)
+
+
+def test_predict_with_u_at_the_ends_of_its_interval_draws_the_first_and_the_last_id():
+    logits, last = np.array([[0.0, 1.0, 2.0]]), np.array([1 - 2.0**-53])
+    for mask_token_id, ends in ((0, (1, 2)), (1, (0, 2)), (2, (0, 1))):
+        found = [
+            decoding.predict(logits, rule(mask_token_id=mask_token_id), u)[0].item()
+            for u in (np.zeros(1), last)
+        ]
+        assert tuple(found) == ends
+
+
+@given(num=rows, length=st.integers(1, 6), seed=seeds)
+def test_choose_marks_the_highest_priorities_and_of_equals_the_lower_position(num, length, seed):
+    rng = np.random.default_rng(seed)
+    priority = rng.choice([-np.inf, 0.0, 0.5, 1.0], (num, length))
+    counts = rng.integers(length + 1, size=num)
+    chosen = decoding.choose(priority, counts)
+    for row, count, marked in zip(priority, counts, chosen, strict=True):
+        order = sorted(range(length), key=lambda position, row=row: (-row[position], position))
+        assert np.flatnonzero(marked).tolist() == sorted(order[:count])
+
+
+def test_rank_gives_what_is_not_masked_no_chance():
+    log_confidence, masked = np.array([[-0.5, -np.inf, -2.0]]), np.array([[True, False, True]])
+    progress = np.array([0.25])
+    plain = decoding.rank(log_confidence, masked, progress, rule(), None)
+    np.testing.assert_array_equal(plain, log_confidence)
+    noisy = decoding.rank(
+        log_confidence, masked, progress, rule(choice_temperature=4.0), np.random.default_rng(0)
+    )
+    noise = 0.75 * 4.0 * np.random.default_rng(0).gumbel(size=(1, 3))
+    np.testing.assert_allclose(noisy, log_confidence + noise, rtol=1e-15)
+    rng = np.random.default_rng(0)
+    random = decoding.rank(log_confidence, masked, progress, rule(order="random"), rng)
+    assert ((random[masked] >= 0) & (random[masked] < 1)).all()
+    assert noisy[0, 1] == random[0, 1] == -np.inf
+
+
+def test_the_decoder_asks_for_the_masked_positions_of_every_step():
+    asked = []
+
+    def predict_at(tokens, masked, uniforms):
+        asked.append((tokens.tolist(), masked.tolist(), uniforms))
+        count = masked.sum()
+        return np.full(count, 2), np.linspace(-1.0, -0.5, count)
+
+    start = np.array([[0, 1, 0, 0]])
+    tokens, steps = decoding.decode(predict_at, start, rule(num_steps=3), None, np.dtype("f8"))
+    assert tokens.tolist() == [[2, 1, 2, 2]]
+    assert asked == [
+        ([[0, 1, 0, 0]], [[True, False, True, True]], None),
+        ([[0, 1, 0, 2]], [[True, False, True, False]], None),
+        ([[0, 1, 2, 2]], [[True, False, False, False]], None),
+    ]
+    assert steps["mask"].sum(axis=(1, 2)).tolist() == [2, 1, 0]
+
+
+def test_reveal_counts_of_sequences_with_fewer_steps_end_with_zeros():
+    counts, num_rounds = decoding.reveal_counts(rule(num_steps=3), np.array([5, 0, 2]))
+    assert counts.tolist() == [[2, 1, 2], [0, 0, 0], [1, 1, 0]]
+    assert num_rounds.tolist() == [3, 0, 2]

@@ -8,6 +8,8 @@ import pytest
 import marref
 from marref import loss, optim, schedules, training, trees
 
+from .strategies import both_ways
+
 MODEL = marref.build(vocab_size=5, embed_dim=4, num_layers=1, num_heads=2, seq_len=6)
 RNG = np.random.default_rng(0)
 PARAMS = MODEL.init(np.random.default_rng(0))
@@ -35,7 +37,7 @@ def filled(shape, place, value):
 
 
 def decode(**options):
-    return lambda: marref.iterative_decode(MODEL, PARAMS, **options)
+    return lambda way: way.iterative_decode(MODEL, PARAMS, **options)
 
 
 def train(**options):
@@ -44,7 +46,7 @@ def train(**options):
 
 
 def step(**options):
-    return lambda: optim.step(PARAMS, PARAMS, STATE, **{"learning_rate": 0.1, **options})
+    return lambda way: way.adam_step(PARAMS, PARAMS, STATE, **{"learning_rate": 0.1, **options})
 
 
 def gradients(**options):
@@ -144,12 +146,6 @@ BAD_CALLS = {
     "mask: dtype complex128, expected booleans": lambda: marref.mar_loss(
         LOGITS, TOKENS, MASK.astype(complex)
     ),
-    "targets: shape [2, 2], expected [2, 3] ": lambda: marref.loss_and_grads(
-        MODEL, PARAMS, TOKENS, TOKENS[:, :2], MASK
-    ),
-    "mask: 2 at [0, 0], expected 0 or 1": lambda: marref.loss_and_grads(
-        MODEL, PARAMS, TOKENS, TOKENS, MASK * 2
-    ),
     # Masking.
     "schedule: received 'linear', expected one of one-minus-cosine, cosine, arccos, uniform, "
     "truncated-normal": lambda: marref.sample_mask_ratio(RNG, "linear"),
@@ -169,30 +165,19 @@ BAD_CALLS = {
     "tokens: shape [2, 0], expected length >= 1": lambda: marref.mask_tokens(
         TOKENS[:, :0], 0.5, RNG
     ),
-    # Decoding.
-    "model: received dict, expected a marref.MAR": lambda: marref.iterative_decode({}, PARAMS),
-    "vocab_size: received 8192, expected the model's 5": decode(vocab_size=8192),
-    "seq_len: received 7, expected an integer in [1, 6]": decode(seq_len=7),
-    "num_steps: received 0, expected an integer >= 1": decode(num_steps=0),
-    "mask_token_id: received 5, expected an integer in [0, 4]": decode(mask_token_id=5),
-    "num_threads: received 0, expected an integer >= 1": decode(num_threads=0),
+    # The fast way's own arguments.
+    "num_threads: received 0, expected an integer >= 1": lambda: marref.iterative_decode(
+        MODEL, PARAMS, num_threads=0
+    ),
     "num_threads: received -1": lambda: marref.loss_and_grads(
         MODEL, PARAMS, TOKENS, TOKENS, MASK, num_threads=-1
     ),
-    "num_threads: received 1.5": lambda: optim.step(PARAMS, PARAMS, STATE, 0.1, num_threads=1.5),
-    "params: embedding.table is read-only, expected arrays to write to": lambda: optim.step(
+    "num_threads: received 1.5": lambda: marref.adam_step(
+        PARAMS, PARAMS, STATE, 0.1, num_threads=1.5
+    ),
+    "params: embedding.table is read-only, expected arrays to write to": lambda: marref.adam_step(
         READ_ONLY, PARAMS, STATE, 0.1, in_place=True
     ),
-    "temperature: received 0, expected a number in (0, inf)": decode(temperature=0),
-    "temperature: received inf": decode(temperature=float("inf")),
-    "batch_size: received 0": decode(batch_size=0),
-    "tokens: shape [2, 3], expected [4, 3]": decode(tokens=TOKENS, batch_size=4),
-    "tokens: shape [2, 3], expected [2, 5]": decode(tokens=TOKENS, seq_len=5),
-    "tokens: id 7 at [0, 0] is not in [0, 5)": decode(tokens=TOKENS * 7),
-    "schedule: received 'sine', expected one of cosine, linear": decode(schedule="sine"),
-    "schedule: returned array([0, 6])": decode(schedule=lambda *_: np.array([0, 6])),
-    "expected at most 2 integers >= 1": decode(num_steps=2, schedule=lambda *_: [2, 2, 2]),
-    "vocab_size: received 'all', expected an integer": decode(vocab_size="all"),
     "model: received NoneType, expected a marref.MAR": lambda: marref.loss_and_grads(
         None, PARAMS, TOKENS, TOKENS, MASK
     ),
@@ -204,17 +189,13 @@ BAD_CALLS = {
     "logits: cannot be made an array": lambda: marref.mar_loss([[1.0], [1.0, 2.0]], TOKENS, MASK),
     "length: received -3, expected an integer >= 1": lambda: marref.sinusoidal_table(-3, 4),
     "embed_dim: received 5, expected an even number": lambda: marref.sinusoidal_table(3, 5),
-    "layout: received 'bogus', expected one of concatenated": lambda: marref.sinusoidal_table(
+    "positions: received 'bogus', expected one of concatenated": lambda: marref.sinusoidal_table(
         3, 4, "bogus"
     ),
-    "temperature: received 1000000000": decode(temperature=10**400),
     "params: no leaves, expected at least one array": lambda: optim.init({}),
     "dtype: received 'bogus', expected a dtype": lambda: MODEL.init(RNG, "bogus"),
     "params: dtype complex128, expected float32 or float64 ": lambda: optim.init(
         MODEL.init(RNG, complex)
-    ),
-    "state.step: received -1": lambda: optim.step(
-        PARAMS, PARAMS, {**STATE, "step": np.array(-1)}, 0.1
     ),
     "others: expected the keys a": lambda: trees.map_leaves(np.add, {"a": TOKENS}, {"b": TOKENS}),
     "others: expected trees of the structure": lambda: trees.map_leaves(
@@ -226,41 +207,10 @@ BAD_CALLS = {
     "tokens: shape [0, 3], expected at least one sequence": lambda: training.bits_per_token(
         MODEL, TOKENS[:0], 0.5, RNG
     ),
-    "schedule: returned array([6, 1]) for 6 masked positions": decode(
-        schedule=lambda *_: np.array([6, 1])
-    ),
-    "schedule: returned array([-1,  7]) for 6 masked positions": decode(
-        schedule=lambda *_: np.array([-1, 7])
-    ),
-    "order: received 'left-to-right', expected one of confidence, random": decode(
-        order="left-to-right"
-    ),
-    'rng: received None, but order="random"': decode(order="random"),
-    "rng: received None, but ": decode(choice_temperature=1.0),
-    "rng: received int, expected": decode(rng=3),
-    "choice_temperature: received -1": decode(choice_temperature=-1, rng=RNG),
-    'choice_temperature: received 1.0, expected 0 with order="random"': decode(
-        choice_temperature=1.0, rng=RNG, order="random"
-    ),
-    "logits: nan at [0, 0], expected finite numbers": lambda: marref.iterative_decode(
-        MODEL, with_leaf("head.bias", np.full(5, np.nan))
-    ),
-    "params: dtype complex128, expected float32 or float64": lambda: marref.iterative_decode(
-        MODEL, MODEL.init(RNG, complex)
-    ),
+    # Schedules.
     "num_masked: received -1": lambda: schedules.cosine(-1, 4),
     "num_steps: received 0, expected": lambda: schedules.linear(4, 0),
     # The optimiser.
-    "learning_rate: received -1": step(learning_rate=-1),
-    "beta1: received 1.0, expected a number in [0, 1)": step(beta1=1.0),
-    "beta2: received 2": step(beta2=2),
-    "epsilon: received 0": step(epsilon=0),
-    "weight_decay: received -0.1": step(weight_decay=-0.1),
-    "grads: head.bias is missing": lambda: optim.step(PARAMS, without("head.bias"), STATE, 0.1),
-    "grads: dtype float32, expected float64 as in params": lambda: optim.step(
-        PARAMS, MODEL.init(RNG, np.float32), STATE, 0.1
-    ),
-    "state: expected the result of init": lambda: optim.step(PARAMS, PARAMS, {}, 0.1),
     "max_norm: received 0": lambda: optim.clip_by_global_norm(PARAMS, 0),
     "warmup_steps: received 9, expected an integer in [0, 8]": lambda: optim.warmup_cosine(
         0, peak=1.0, warmup_steps=9, total_steps=9
@@ -284,6 +234,72 @@ BAD_CALLS = {
     "rng: received NoneType, expected a numpy.random.Generator": gradients(max_entries=1),
 }
 
+# What the definition and the fast way say alike.
+BAD_CALLS_OF_BOTH_WAYS = {
+    # Gradients.
+    "targets: shape [2, 2], expected [2, 3] ": lambda way: way.loss_and_grads(
+        MODEL, PARAMS, TOKENS, TOKENS[:, :2], MASK
+    ),
+    "mask: 2 at [0, 0], expected 0 or 1": lambda way: way.loss_and_grads(
+        MODEL, PARAMS, TOKENS, TOKENS, MASK * 2
+    ),
+    # Decoding.
+    "model: received dict, expected a marref.MAR": lambda way: way.iterative_decode({}, PARAMS),
+    "vocab_size: received 8192, expected the model's 5": decode(vocab_size=8192),
+    "seq_len: received 7, expected an integer in [1, 6]": decode(seq_len=7),
+    "num_steps: received 0, expected an integer >= 1": decode(num_steps=0),
+    "mask_token_id: received 5, expected an integer in [0, 4]": decode(mask_token_id=5),
+    "temperature: received 0, expected a number in (0, inf)": decode(temperature=0),
+    "temperature: received inf": decode(temperature=float("inf")),
+    "batch_size: received 0": decode(batch_size=0),
+    "tokens: shape [2, 3], expected [4, 3]": decode(tokens=TOKENS, batch_size=4),
+    "tokens: shape [2, 3], expected [2, 5]": decode(tokens=TOKENS, seq_len=5),
+    "tokens: id 7 at [0, 0] is not in [0, 5)": decode(tokens=TOKENS * 7),
+    "schedule: received 'sine', expected one of cosine, linear": decode(schedule="sine"),
+    "schedule: returned array([0, 6])": decode(schedule=lambda *_: np.array([0, 6])),
+    "expected at most 2 integers >= 1": decode(num_steps=2, schedule=lambda *_: [2, 2, 2]),
+    "vocab_size: received 'all', expected an integer": decode(vocab_size="all"),
+    "temperature: received 1000000000": decode(temperature=10**400),
+    "schedule: returned array([6, 1]) for 6 masked positions": decode(
+        schedule=lambda *_: np.array([6, 1])
+    ),
+    "schedule: returned array([-1,  7]) for 6 masked positions": decode(
+        schedule=lambda *_: np.array([-1, 7])
+    ),
+    "order: received 'left-to-right', expected one of confidence, random": decode(
+        order="left-to-right"
+    ),
+    'rng: received None, but order="random"': decode(order="random"),
+    "rng: received None, but ": decode(choice_temperature=1.0),
+    "rng: received int, expected": decode(rng=3),
+    "choice_temperature: received -1": decode(choice_temperature=-1, rng=RNG),
+    'choice_temperature: received 1.0, expected 0 with order="random"': decode(
+        choice_temperature=1.0, rng=RNG, order="random"
+    ),
+    "logits: nan at [0, 0], expected finite numbers": lambda way: way.iterative_decode(
+        MODEL, with_leaf("head.bias", np.full(5, np.nan))
+    ),
+    "params: dtype complex128, expected float32 or float64": lambda way: way.iterative_decode(
+        MODEL, MODEL.init(RNG, complex)
+    ),
+    # The optimiser.
+    "state.step: received -1": lambda way: way.adam_step(
+        PARAMS, PARAMS, {**STATE, "step": np.array(-1)}, 0.1
+    ),
+    "learning_rate: received -1": step(learning_rate=-1),
+    "beta1: received 1.0, expected a number in [0, 1)": step(beta1=1.0),
+    "beta2: received 2": step(beta2=2),
+    "epsilon: received 0": step(epsilon=0),
+    "weight_decay: received -0.1": step(weight_decay=-0.1),
+    "grads: head.bias is missing": lambda way: way.adam_step(
+        PARAMS, without("head.bias"), STATE, 0.1
+    ),
+    "grads: dtype float32, expected float64 as in params": lambda way: way.adam_step(
+        PARAMS, MODEL.init(RNG, np.float32), STATE, 0.1
+    ),
+    "state: expected the result of init": lambda way: way.adam_step(PARAMS, PARAMS, {}, 0.1),
+}
+
 
 @pytest.mark.parametrize("message", BAD_CALLS)
 def test_bad_call(message):
@@ -292,8 +308,16 @@ def test_bad_call(message):
     assert message.strip() in str(caught.value)
 
 
+@both_ways
+@pytest.mark.parametrize("message", BAD_CALLS_OF_BOTH_WAYS)
+def test_bad_call_of_both_ways(way, message):
+    with pytest.raises((ValueError, TypeError)) as caught:
+        BAD_CALLS_OF_BOTH_WAYS[message](way)
+    assert message.strip() in str(caught.value)
+
+
 def test_the_table_is_long_enough():
-    assert len(BAD_CALLS) >= 60
+    assert len(BAD_CALLS) + len(BAD_CALLS_OF_BOTH_WAYS) >= 60
 
 
 def test_only_a_few_of_many_wrong_names_are_listed():

@@ -8,24 +8,27 @@ from scipy import stats
 
 import marref
 from marref import trees
-from marref.layers import attention, dropout, gelu, layer_norm
+from marref.layers import attention, block, dropout, embedding, gelu, layer_norm
+from marref.model import head_forward
 
 from . import strategies
 
 
+@strategies.both_ways
 @given(case=strategies.cases(dropout=0.2))
-def test_parameters_gradients_and_parameter_shapes_have_the_same_paths(case):
+def test_parameters_gradients_and_parameter_shapes_have_the_same_paths(way, case):
     model, params, tokens, targets, mask, _ = case
-    _, grads = marref.loss_and_grads(model, params, tokens, targets, mask)
+    _, grads = way.loss_and_grads(model, params, tokens, targets, mask)
     shapes = {name: leaf.shape for name, leaf in trees.flatten(params).items()}
     assert shapes == {name: leaf.shape for name, leaf in trees.flatten(grads).items()}
     assert list(shapes.items()) == list(model.parameter_shapes.items())
 
 
+@strategies.both_ways
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.complex128])
 @given(data=st.data())
 @settings(max_examples=15)
-def test_dtype_in_equals_dtype_out_everywhere(dtype, data):
+def test_dtype_in_equals_dtype_out_everywhere(way, dtype, data):
     case = data.draw(strategies.cases(dropout=0.2, dtype=dtype))
     model, params, tokens, targets, mask, seed = case
     logits, cache = model.forward(params, tokens, np.random.default_rng(seed))
@@ -35,13 +38,14 @@ def test_dtype_in_equals_dtype_out_everywhere(dtype, data):
             assert leaf.dtype == dtype, name
     assert marref.mar_loss(logits, targets, mask).dtype == dtype
     if dtype != np.complex128:
-        loss, grads = marref.loss_and_grads(model, params, tokens, targets, mask)
+        loss, grads = way.loss_and_grads(model, params, tokens, targets, mask)
         assert loss.dtype == dtype
         assert {leaf.dtype for leaf in trees.flatten(grads).values()} == {np.dtype(dtype)}
 
 
+@strategies.both_ways
 @given(case=strategies.cases(dropout=0.2))
-def test_arguments_are_never_written_to(case):
+def test_arguments_are_never_written_to(way, case):
     model, params, tokens, targets, mask, seed = case
     arrays = [*trees.flatten(params).values(), tokens, targets, mask]
     for array in arrays:
@@ -59,9 +63,11 @@ def test_arguments_are_never_written_to(case):
     state = marref.optim.init(params)
     for leaf in trees.flatten(state).values():
         leaf.setflags(write=False)
-    marref.optim.step(params, grads, state, 0.1, weight_decay=0.1)
+    way.loss_and_grads(model, params, tokens, targets, mask, np.random.default_rng(seed))
+    in_place = {} if way.adam_step is marref.optim.step else {"in_place": False}
+    way.adam_step(params, grads, state, 0.1, weight_decay=0.1, **in_place)
     marref.optim.clip_by_global_norm(grads, 1.0)
-    marref.iterative_decode(model, params, tokens=tokens, num_steps=3)
+    way.iterative_decode(model, params, tokens=tokens, num_steps=3)
 
 
 @given(case=strategies.cases(max_batch=4))
@@ -72,6 +78,31 @@ def test_permuting_the_batch_permutes_the_result(case):
     np.testing.assert_allclose(model(params, tokens[order]), logits[order], rtol=0, atol=1e-12)
     alone = np.concatenate([model(params, row[np.newaxis]) for row in tokens])
     np.testing.assert_allclose(alone, logits, rtol=0, atol=1e-12)
+
+
+@given(case=strategies.cases(max_batch=4))
+def test_a_sequence_has_the_same_logits_alone_and_in_any_batch_to_the_bit(case):
+    assert_logits_do_not_depend_on_the_batch(case.model, case.params, case.tokens)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize(("embed_dim", "num_heads", "length"), [(64, 4, 64), (48, 3, 17)])
+def test_a_sequence_has_the_same_logits_in_models_of_some_size(embed_dim, num_heads, length, dtype):
+    """Wide enough for the blocked and the threaded kernels of a BLAS."""
+    model = marref.build(18, embed_dim=embed_dim, num_layers=2, num_heads=num_heads, seq_len=length)
+    rng = np.random.default_rng(0)
+    params = strategies.random_params(model, rng, dtype)
+    assert_logits_do_not_depend_on_the_batch(model, params, rng.integers(18, size=(7, length)))
+
+
+def assert_logits_do_not_depend_on_the_batch(model, params, tokens):
+    together = model(params, tokens)
+    for row in range(len(tokens)):
+        np.testing.assert_array_equal(model(params, tokens[row : row + 1])[0], together[row])
+    order = np.arange(len(tokens))[::-1]
+    np.testing.assert_array_equal(model(params, tokens[order]), together[order])
+    half = (len(tokens) + 1) // 2
+    np.testing.assert_array_equal(model(params, tokens[:half]), together[:half])
 
 
 @given(case=strategies.cases())
@@ -148,13 +179,66 @@ def test_one_seed_is_one_model_in_every_dtype():
 
 def test_dropout_keeps_the_mean_and_drops_the_same_features_in_both_precisions():
     x = np.ones(100_000)
-    y, _ = dropout.forward(x, 0.25, np.random.default_rng(0))
+    keep = dropout.draw(np.random.default_rng(0), x.shape, 0.25)
+    y, _ = dropout.forward(x, keep, 0.25)
     assert set(np.unique(y)) == {0.0, 1 / 0.75}
     # Standard deviation of the dropped fraction: sqrt(0.25 · 0.75 / 100000) = 0.0014.
     assert abs((y == 0).mean() - 0.25) < 5 * 0.0014
-    narrow, _ = dropout.forward(x.astype(np.float32), 0.25, np.random.default_rng(0))
+    narrow, _ = dropout.forward(x.astype(np.float32), keep, 0.25)
     np.testing.assert_array_equal(narrow == 0, y == 0)
-    assert dropout.forward(x, 0.25, None)[0] is x
+    for rng, rate in ((None, 0.25), (np.random.default_rng(0), 0.0)):
+        nothing_dropped = dropout.draw(rng, x.shape, rate)
+        assert nothing_dropped is None
+        assert dropout.forward(x, nothing_dropped, rate)[0] is x
+
+
+@given(case=strategies.cases(dropout=0.4, max_batch=4))
+def test_the_masks_of_draw_keep_are_those_of_forward_and_a_slice_drops_the_same(case):
+    model, params, tokens, _, _, seed = case
+    logits, cache = model.forward(params, tokens, np.random.default_rng(seed))
+    keep = model.draw_keep(np.random.default_rng(seed), tokens.shape)
+    leaves = trees.flatten(cache)
+    for name, kept in trees.flatten(keep).items():
+        assert kept.shape == (*tokens.shape, model.embed_dim)
+        mask = leaves[name + "_dropout"]
+        np.testing.assert_array_equal(mask, kept / (1 - model.dropout), name)
+    for row in range(len(tokens)):
+        part = slice(row, row + 1)
+        sliced = trees.map_leaves(lambda kept, part=part: kept[part], keep)
+        np.testing.assert_array_equal(
+            logits_with_keep(model, params, tokens[part], sliced), logits[part]
+        )
+
+
+def logits_with_keep(model, params, tokens, keep):
+    """The forward pass of a model, its layers one after the other, with masks drawn before."""
+    x, _ = embedding.forward(params["embedding"], tokens, model.positions)
+    x, _ = dropout.forward(x, keep["embedding"], model.dropout)
+    for block_params, block_keep in zip(params["blocks"], keep["blocks"], strict=True):
+        x, _ = block.forward(
+            block_params,
+            x,
+            num_heads=model.num_heads,
+            gelu=model.gelu,
+            epsilon=model.layer_norm_epsilon,
+            keep=block_keep,
+            dropout_rate=model.dropout,
+        )
+    return head_forward(params, x, model.layer_norm_epsilon)[0]
+
+
+def test_one_seed_drops_the_same_features_in_both_precisions():
+    model = marref.build(vocab_size=5, embed_dim=8, num_layers=2, num_heads=2, dropout=0.5)
+    masks = []
+    for dtype in (np.float32, np.float64):
+        params = model.init(np.random.default_rng(0), dtype)
+        _, cache = model.forward(params, [[1, 2, 3], [4, 0, 1]], np.random.default_rng(5))
+        masks.append({k: v != 0 for k, v in trees.flatten(cache).items() if "dropout" in k})
+    narrow, wide = masks
+    assert len(narrow) == 5
+    for name, kept in narrow.items():
+        assert 0 < kept.mean() < 1
+        np.testing.assert_array_equal(kept, wide[name], name)
 
 
 def test_dropout_of_the_model_acts_on_the_embedding_and_on_both_branches():
@@ -180,6 +264,30 @@ def test_layer_norm_keeps_its_digits_far_from_zero():
     narrow, _ = layer_norm.forward(layer_norm.init(256, np.float32), x.astype(np.float32), 1e-5)
     # One rounding of x - mean, at 1000, is 2⁻²⁴·1000 = 6e-5.
     assert np.abs(narrow - exact).max() < 2e-4
+
+
+CONSTANTS = (1000.1, -1000.1, 0.1, 1e-3, 1 / 3, 1e6 / 7, 0.0)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("features", [2, 6, 96, 100, 256, 768])
+def test_a_constant_row_normalises_to_exactly_its_bias_wherever_it_stands(features, dtype):
+    """Alone, and among others in batches of any shape: all bits are equal."""
+    rng = np.random.default_rng(0)
+    params = {name: rng.normal(size=features).astype(dtype) for name in ("scale", "bias")}
+    for constant in CONSTANTS:
+        for shape in ((1,), (2,), (7,), (1, 3), (2, 7)):
+            for place in (*np.ndindex(shape), ...):
+                x = rng.normal(size=(*shape, features)).astype(dtype)
+                x[place] = constant
+                y, cache = layer_norm.forward({**params, "bias": 0 * params["bias"]}, x, 1e-5)
+                assert (cache["normalised"][place] == 0).all(), (constant, shape, place)
+                assert (y[place] == 0).all()
+                y, _ = layer_norm.forward(params, x, 1e-5)
+                np.testing.assert_array_equal(
+                    y[place], np.broadcast_to(params["bias"], y[place].shape)
+                )
+                assert (cache["inverse_std"][place] == dtype(1) / np.sqrt(dtype(1e-5))).all()
 
 
 @pytest.mark.parametrize("kind", gelu.KINDS)
@@ -227,7 +335,7 @@ def test_scores_beyond_the_range_of_exp_are_no_matter(dtype):
 def test_a_constant_added_to_all_scores_changes_no_attention_weight(shift, dtype):
     """Exactly: scores and shift are multiples of 1/16 that float32 holds."""
     scores = np.random.default_rng(0).integers(-12, 12, (2, 3, 4, 5)) / 16
-    weights, moved = (attention._softmax((scores + by).astype(dtype)) for by in (0, shift))
+    weights, moved = (attention.softmax((scores + by).astype(dtype)) for by in (0, shift))
     np.testing.assert_allclose(moved, weights, rtol=8 * np.finfo(dtype).eps)
 
 
@@ -238,8 +346,8 @@ def test_epsilon_reaches_every_norm(case):
     model, params, tokens, *_ = case
     _, cache = model.forward(params, tokens)
     norms = [cache["final_norm"]]
-    for block in cache["blocks"]:
-        norms += [block["attention_norm"], block["feed_forward_norm"]]
+    for block_cache in cache["blocks"]:
+        norms += [block_cache["attention_norm"], block_cache["feed_forward_norm"]]
     for norm in norms:
         # mean(x̂²) = σ²/(σ² + ε), so 1 - mean(x̂²) = ε/(σ² + ε) = ε · inverse_std².
         lost = 1.0 - (norm["normalised"] ** 2).mean(axis=-1, keepdims=True)

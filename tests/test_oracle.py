@@ -16,6 +16,7 @@ import pytest
 import marref
 
 from . import oracle, strategies
+from .strategies import both_ways
 
 TOLERANCE = 1e-13
 TOLERANCE_32 = TOLERANCE * np.finfo(np.float32).eps / np.finfo(np.float64).eps
@@ -88,13 +89,14 @@ def test_logits_are_those_of_the_oracle(shape, gelu, positions):
     assert_agrees(model(params, shorter), [logits_of(row) for row in shorter])
 
 
+@both_ways
 @every_model
-def test_the_loss_of_the_model_is_that_of_the_oracle(shape, gelu, positions):
+def test_the_loss_of_the_model_is_that_of_the_oracle(way, shape, gelu, positions):
     model, params, logits_of = build(shape, gelu, positions)
     tokens, targets, mask = random_batch(model)
     expected = oracle.masked_loss([logits_of(row) for row in tokens], targets, mask)
     assert_agrees(marref.mar_loss(model(params, tokens), targets, mask), expected)
-    loss, _ = marref.loss_and_grads(model, params, tokens, targets, mask)
+    loss, _ = way.loss_and_grads(model, params, tokens, targets, mask)
     assert_agrees(loss, expected)
 
 
@@ -137,16 +139,14 @@ def test_reveal_counts_are_those_of_the_oracle(schedule):
             assert actual.tolist() == revealed, (num_masked, num_steps)
 
 
-def assert_decodes_like_the_oracle(model, params, logits_of, start, **options):
+def assert_decodes_like_the_oracle(way, model, params, logits_of, start, **options):
     """Tokens and masks after every step are the same, and confidences to TOLERANCE.
 
     The package decodes the batch at once, the oracle one sequence after the other: those that
     need fewer steps stay as they are.
     """
-    tokens, steps = marref.iterative_decode(
-        model, params, tokens=start, return_steps=True, **options
-    )
-    plain = marref.iterative_decode(model, params, tokens=start, **options)
+    tokens, steps = way.iterative_decode(model, params, tokens=start, return_steps=True, **options)
+    plain = way.iterative_decode(model, params, tokens=start, **options)
     np.testing.assert_array_equal(plain, tokens)
     traces = [oracle.decode(logits_of, row, **options) for row in start.tolist()]
     assert len(steps["tokens"]) == max(map(len, traces))
@@ -171,29 +171,32 @@ def starts(model, mask_token_id):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@both_ways
 @every_model
-def test_decoding_is_that_of_the_oracle(shape, gelu, positions, schedule, temperature):
+def test_decoding_is_that_of_the_oracle(way, shape, gelu, positions, schedule, temperature):
     model, params, logits_of = build(shape, gelu, positions)
     mask_token_id = 4 if shape == "one head" else 0
     start = starts(model, mask_token_id)
     options = {"schedule": schedule, "temperature": temperature, "mask_token_id": mask_token_id}
     for num_steps in (1, 2, 3, 8):
         assert_decodes_like_the_oracle(
-            model, params, logits_of, start, num_steps=num_steps, **options
+            way, model, params, logits_of, start, num_steps=num_steps, **options
         )
 
 
-def test_decoding_from_nothing_is_that_of_the_oracle():
+@both_ways
+def test_decoding_from_nothing_is_that_of_the_oracle(way):
     model, params, logits_of = build("two layers, two heads", "erf", "concatenated")
     options = {"num_steps": 3, "temperature": 1.0, "schedule": "cosine"}
     for length in range(1, model.seq_len + 1):
-        actual = marref.iterative_decode(model, params, seq_len=length, **options)
+        actual = way.iterative_decode(model, params, seq_len=length, **options)
         expected, _, _ = oracle.decode(logits_of, [0] * length, **options)[-1]
         assert actual.tolist() == [expected]
 
 
+@both_ways
 @pytest.mark.parametrize("schedule", ["cosine", "linear"])
-def test_ties_are_decoded_as_by_the_oracle(schedule):
+def test_ties_are_decoded_as_by_the_oracle(way, schedule):
     # Without the last kernel the logits are its bias everywhere: [MASK] would win, and of the
     # others the ids 2 and 3 are equal, as all positions are.
     model, params, _ = build("two layers, two heads", "erf", "concatenated")
@@ -202,7 +205,7 @@ def test_ties_are_decoded_as_by_the_oracle(schedule):
     rows = oracle.exact(np.tile(bias, (model.seq_len, 1)))
     start = np.array([[0, 0, 0, 0, 0], [0, 4, 0, 0, 0]])
     options = {"num_steps": 3, "temperature": 1.0, "schedule": schedule}
-    assert_decodes_like_the_oracle(model, params, lambda tokens: rows, start, **options)
+    assert_decodes_like_the_oracle(way, model, params, lambda tokens: rows, start, **options)
     tokens, _, _ = oracle.decode(lambda tokens: rows, [0, 4, 0, 0, 0], **options)[0]
     assert tokens[:3] == [2, 4, 0], "the oracle itself takes the lower id and the lower position"
 

@@ -9,6 +9,8 @@ import pytest
 import marref
 from marref import trees
 
+from .strategies import both_ways
+
 GOLDEN = Path(__file__).parent / "golden"
 NAMES = ("erf-concatenated", "tanh-interleaved")
 TOLERANCE = 1e-12
@@ -72,10 +74,11 @@ def test_logits_are_those_of_pytorch(golden):
     assert_close({"logits": model(params, golden["tokens"])}, {"logits": golden["logits"]})
 
 
-def test_loss_and_every_gradient_are_those_of_pytorch(golden):
+@both_ways
+def test_loss_and_every_gradient_are_those_of_pytorch(way, golden):
     model, params = golden_model(golden)
     batch = [golden[name] for name in ("tokens", "targets", "mask")]
-    loss, grads = marref.loss_and_grads(model, params, *batch)
+    loss, grads = way.loss_and_grads(model, params, *batch)
     assert_close({"loss": loss}, {"loss": golden["loss"]})
     assert_gradients_close(trees.flatten(grads), leaves_of(golden, "gradients"))
 
@@ -89,20 +92,21 @@ def test_forward_loss_and_backward_one_by_one_give_the_gradients_of_pytorch(gold
     assert_gradients_close(trees.flatten(grads), leaves_of(golden, "gradients"))
 
 
+@both_ways
 @pytest.mark.parametrize("kind", ["adam", "adamw", "clipped"])
-def test_ten_optimiser_steps_lead_where_those_of_pytorch_do(golden, kind):
+def test_ten_optimiser_steps_lead_where_those_of_pytorch_do(way, golden, kind):
     model, params = golden_model(golden)
     batch = [golden[name] for name in ("tokens", "targets", "mask")]
     training = decoded(golden["training"])
     state = marref.optim.init(params)
     for _ in range(training["steps"]):
-        _, grads = marref.loss_and_grads(model, params, *batch)
+        _, grads = way.loss_and_grads(model, params, *batch)
         grads = hold_key_biases(grads)
         if kind == "clipped":
             grads, norm = marref.optim.clip_by_global_norm(grads, training["max_norm"])
             assert norm > 2 * training["max_norm"]
         weight_decay = training["weight_decay"] if kind == "adamw" else 0.0
-        params, state = marref.optim.step(
+        params, state = way.adam_step(
             params, grads, state, training["learning_rate"], weight_decay=weight_decay
         )
     assert_close(trees.flatten(params), leaves_of(golden, kind))
@@ -130,14 +134,15 @@ def test_pytorch_reproduces_the_golden_files():
                 assert_close({key: arrays[key]}, {key: committed[key]})
 
 
+@both_ways
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize("missing", [0, 1, 3], ids="{} short".format)
-def test_any_model_agrees_with_pytorch(name, missing):
+def test_any_model_agrees_with_pytorch(way, name, missing):
     model, torch_model, params, batch = fresh(name, missing)
     torch_loss, torch_logits = torch_model.loss_and_logits(*batch)
     torch_loss.backward()
 
-    loss, grads = marref.loss_and_grads(model, params, *batch)
+    loss, grads = way.loss_and_grads(model, params, *batch)
     assert_close(
         {"loss": loss, "logits": model(params, batch[0])},
         {"loss": torch_loss.detach().numpy(), "logits": torch_logits.detach().numpy()},
@@ -145,6 +150,7 @@ def test_any_model_agrees_with_pytorch(name, missing):
     assert_gradients_close(trees.flatten(grads), torch_model.gradients())
 
 
+@both_ways
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
     "settings",
@@ -158,7 +164,7 @@ def test_any_model_agrees_with_pytorch(name, missing):
     ],
     ids=str,
 )
-def test_each_adam_step_agrees_with_pytorch(name, settings):
+def test_each_adam_step_agrees_with_pytorch(way, name, settings):
     torch = pytest.importorskip("torch")
     model, torch_model, params, batch = fresh(name, missing=1)
     settings = {"beta1": 0.9, "beta2": 0.999, "epsilon": 1e-8, "weight_decay": 0.0} | settings
@@ -175,14 +181,14 @@ def test_each_adam_step_agrees_with_pytorch(name, settings):
         optimiser.zero_grad()
         torch_model.loss_and_logits(*batch)[0].backward()
         torch_model.hold_key_biases()
-        grads = hold_key_biases(marref.loss_and_grads(model, params, *batch)[1])
+        grads = hold_key_biases(way.loss_and_grads(model, params, *batch)[1])
         if max_norm is not None:
             torch_norm = torch.nn.utils.clip_grad_norm_(torch_model.parameters(), max_norm)
             grads, norm = marref.optim.clip_by_global_norm(grads, max_norm)
             assert_close({"norm": norm}, {"norm": torch_norm.numpy()})
             assert_close(trees.flatten(grads), torch_model.gradients())
         optimiser.step()
-        params, state = marref.optim.step(params, grads, state, 0.01, **settings)
+        params, state = way.adam_step(params, grads, state, 0.01, **settings)
 
         assert_close(trees.flatten(params), torch_model.read())
         for ours, theirs in (("first_moment", "exp_avg"), ("second_moment", "exp_avg_sq")):
@@ -190,14 +196,14 @@ def test_each_adam_step_agrees_with_pytorch(name, settings):
             assert_close(trees.flatten(state[ours]), moment)
 
 
-@pytest.mark.parametrize("layout", ["concatenated", "interleaved"])
+@pytest.mark.parametrize("positions", ["concatenated", "interleaved"])
 @pytest.mark.parametrize("embed_dim", [2, 4, 10, 256])
-def test_sinusoidal_table_agrees_with_one_written_in_pytorch(layout, embed_dim):
+def test_sinusoidal_table_agrees_with_one_written_in_pytorch(positions, embed_dim):
     pytest.importorskip("torch")
     from . import torch_mar
 
-    table = torch_mar.sinusoidal_table(256, embed_dim, layout).numpy()
-    assert_close({"table": marref.sinusoidal_table(256, embed_dim, layout)}, {"table": table})
+    table = torch_mar.sinusoidal_table(256, embed_dim, positions).numpy()
+    assert_close({"table": marref.sinusoidal_table(256, embed_dim, positions)}, {"table": table})
 
 
 @pytest.mark.parametrize("warmup_steps", [1, 7])

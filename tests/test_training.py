@@ -123,7 +123,7 @@ def test_training_is_what_its_options_say():
         _, grads = marref.loss_and_grads(model, params, inputs, targets, mask, rng)
         grads, norm = marref.optim.clip_by_global_norm(grads, 0.05)
         assert norm > 0.05
-        params, state = marref.optim.step(params, grads, state, rate, weight_decay=0.2)
+        params, state = marref.adam_step(params, grads, state, rate, weight_decay=0.2)
     expected = trees.flatten(params)
     for name, leaf in trees.flatten(trained).items():
         np.testing.assert_array_equal(leaf, expected[name])

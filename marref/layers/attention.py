@@ -4,8 +4,9 @@ For each head, with d = head_dim = embed_dim / num_heads:
 
     S = Q Kᵀ / √d,     A = softmax(S) over the keys,     C = A V
 
-Q, K and V are linear maps of the input; the heads' C, side by side, pass through a fourth.
-Attention is bidirectional: every position sees every other.
+That is `attend`.  Around it, in `forward`: Q, K and V are linear maps of the input, cut into
+heads; the heads' C, side by side, pass through a fourth.  Attention is bidirectional: every
+position sees every other.  Page: docs/attention.md.
 """
 
 import math
@@ -14,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marref.layers import linear
-from marref.trees import Array, Index, Tree
+from marref.trees import Array, Tree
 
 
 def init(
@@ -30,10 +31,9 @@ def init(
     ----------
     rng : numpy.random.Generator
     embed_dim : int
-    std : float
-        Standard deviation of the kernels of query, key and value.
-    output_std : float
-        That of the output kernel, which writes to the residual stream.
+    std, output_std : float
+        Standard deviations of the kernels of query, key and value, and of the output kernel, which
+        writes to the residual stream.
     dtype : dtype
 
     Returns
@@ -48,8 +48,8 @@ def init(
     return {**params, "output": linear.init(rng, embed_dim, embed_dim, output_std, dtype)}
 
 
-def forward(params: Tree, x: Array, num_heads: int, rows: Index = ...) -> tuple[Array, Tree]:
-    """Let positions gather from all positions.
+def forward(params: Tree, x: Array, num_heads: int) -> tuple[Array, Tree]:
+    """Let every position gather from all positions.
 
     Parameters
     ----------
@@ -57,40 +57,29 @@ def forward(params: Tree, x: Array, num_heads: int, rows: Index = ...) -> tuple[
     x : array [batch, length, embed_dim]
     num_heads : int
         Divides embed_dim; head h reads the h-th run of head_dim features.
-    rows : index
-        Which positions gather: x[rows] is [batch, rows, embed_dim].  All of them unless given.
 
     Returns
     -------
-    y : array [batch, rows, embed_dim]
+    y : array [batch, length, embed_dim]
     cache : dict
-        ``input`` x; ``query`` [batch, num_heads, rows, head_dim]; ``key``, ``value``
-        [batch, num_heads, length, head_dim]; ``weights`` A [batch, num_heads, rows, length],
-        keys last; ``context`` C [batch, rows, embed_dim], the heads side by side.
+        ``input`` x; ``query``, ``key``, ``value`` and ``weights`` as in `attend`; ``context`` C
+        [batch, length, embed_dim], the heads side by side; ``output`` y.
     """
     query, key, value = (
-        _split_heads(linear.forward(params[name], source)[0], num_heads)
-        for name, source in (("query", x[rows]), ("key", x), ("value", x))
+        split_heads(linear.forward(params[name], x)[0], num_heads)
+        for name in ("query", "key", "value")
     )
-    weights = weigh(query, key)
-    context = _merge_heads(weights @ value)
+    context_of_heads, cache = attend(query, key, value)
+    context = merge_heads(context_of_heads)
     y, _ = linear.forward(params["output"], context)
-    cache = {"input": x, "query": query, "key": key, "value": value}
-    return y, {**cache, "weights": weights, "context": context}
+    return y, {"input": x, **cache, "context": context, "output": y}
 
 
-def backward(params: Tree, dy: Array, cache: Tree, rows: Index = ...) -> tuple[Array, Tree]:
-    """Push ``dy`` back through output, C = A V, softmax, S = Q Kᵀ/√d and the projections.
+def backward(params: Tree, dy: Array, cache: Tree) -> tuple[Array, Tree]:
+    """Push ``dy`` back through the output projection, `attend`, and query, key and value.
 
-    The products are linear in each factor: from C = A V follow dA = dC Vᵀ and dV = Aᵀ dC, from
-    S = Q Kᵀ/√d follow dQ = dS K/√d and dK = dSᵀ Q/√d.  For a row a = softmax(s),
-
-        ∂a_j/∂s_i = a_j (δ_ij - a_i)     so     ds_i = a_i (da_i - Σ_j a_j da_j)
-
-    With da_j = dc · v_j the sum is dc · Σ_j a_j v_j = dc · c, over head_dim numbers instead of
-    length (Dao et al. 2022, arXiv 2205.14135, appendix B.2).
-
-    The input feeds three projections; their gradients add.
+    The input feeds three projections; their gradients add.  Cutting features into heads moves
+    numbers and computes nothing, so their gradients move back the same way.
 
     A bias added to every key moves a whole row of S by a constant, which softmax ignores: the
     gradient of the key bias is exactly 0, and what is computed for it is rounding.
@@ -101,61 +90,92 @@ def backward(params: Tree, dy: Array, cache: Tree, rows: Index = ...) -> tuple[A
     grads : dict
         Like ``params``.
     """
-    x, query, key, value, weights, context = (
-        cache[name] for name in ("input", "query", "key", "value", "weights", "context")
-    )
-    num_heads, head_dim = query.shape[1], query.shape[-1]
-
-    dcontext, doutput = linear.backward(params["output"], dy, context)
-    mean = _split_heads(dcontext * context, num_heads).sum(axis=-1, keepdims=True)
-    dcontext = _split_heads(dcontext, num_heads)
-    dvalue = weights.mT @ dcontext
-    dscores = dcontext @ value.mT
-    dscores -= mean
-    dscores *= weights
-    dquery = dscores @ (key / math.sqrt(head_dim))
-    dkey = dscores.mT @ (query / math.sqrt(head_dim))
-
-    dx, grads = np.zeros_like(x), {}
-    for name, dheads, where in (
-        ("query", dquery, rows),
-        ("key", dkey, ...),
-        ("value", dvalue, ...),
-    ):
-        dinput, grads[name] = linear.backward(params[name], _merge_heads(dheads), x[where])
-        dx[where] += dinput
-    return dx, {**grads, "output": doutput}
+    grads = {}
+    dcontext, grads["output"] = linear.backward(params["output"], dy, cache["context"])
+    num_heads = cache["query"].shape[1]
+    dheads = attend_backward(split_heads(dcontext, num_heads), cache)
+    dx = np.zeros_like(cache["input"])
+    for name, dhead in zip(("query", "key", "value"), dheads, strict=True):
+        dinput, grads[name] = linear.backward(params[name], merge_heads(dhead), cache["input"])
+        dx += dinput
+    return dx, {name: grads[name] for name in params}
 
 
-def weigh(query: Array, key: Array) -> Array:
-    """Compute A = softmax(Q Kᵀ / √d), [batch, num_heads, rows, length]."""
-    return _softmax(query / math.sqrt(query.shape[-1]) @ key.mT)
+def attend(query: Array, key: Array, value: Array) -> tuple[Array, Tree]:
+    """Compute C = softmax(Q Kᵀ / √d) V for every head.
 
+    Parameters
+    ----------
+    query : array [batch, num_heads, queries, head_dim]
+    key, value : arrays [batch, num_heads, length, head_dim]
 
-def _softmax(scores: Array) -> Array:
-    """Softmax over the last axis, written over the scores.
-
-    exp(s_j) / Σ exp(s_k) is the same if all of a row's scores are moved.  Less their maximum, exp
-    cannot overflow and the sum cannot vanish.  Within ±50 neither can as it is, in float32 and
-    float64; a subclass stands for narrower precisions.
+    Returns
+    -------
+    context : array [batch, num_heads, queries, head_dim]
+    cache : dict
+        ``query``, ``key``, ``value``, and ``weights`` A [batch, num_heads, queries, length].
     """
-    # Where nothing is masked there may be no rows: hence the initial values.
-    smallest, largest = scores.real.min(initial=0.0), scores.real.max(initial=0.0)
-    if not (smallest > -50 and largest < 50 and type(scores) is np.ndarray):
-        scores -= scores.real.max(axis=-1, keepdims=True)
-    weights: Array = np.exp(scores, out=scores)
-    # The sum as a product with ones, which NumPy does faster.
-    weights /= weights @ np.ones((weights.shape[-1], 1), weights.dtype)
+    scores = query @ key.mT / math.sqrt(query.shape[-1])
+    weights = softmax(scores)
+    return weights @ value, {"query": query, "key": key, "value": value, "weights": weights}
+
+
+def attend_backward(dcontext: Array, cache: Tree) -> tuple[Array, Array, Array]:
+    """Push ``dcontext`` back through C = A V, A = softmax(S) and S = Q Kᵀ/√d.
+
+    A product is linear in each factor.  From C_ic = Σ_j A_ij V_jc:
+
+        dA_ij = Σ_c dC_ic V_jc        dA = dC Vᵀ
+        dV_jc = Σ_i A_ij dC_ic        dV = Aᵀ dC
+
+    and in the same way, from S = Q Kᵀ/√d, dQ = dS K/√d and dK = dSᵀ Q/√d.
+
+    Returns
+    -------
+    dquery, dkey, dvalue : arrays
+        Of the shapes of query, key and value.
+    """
+    query, key, value, weights = (cache[name] for name in ("query", "key", "value", "weights"))
+    dweights = dcontext @ value.mT
+    dvalue = weights.mT @ dcontext
+    dscores = softmax_backward(dweights, weights)
+    dquery = dscores @ key / math.sqrt(query.shape[-1])
+    dkey = dscores.mT @ query / math.sqrt(query.shape[-1])
+    return dquery, dkey, dvalue
+
+
+def softmax(scores: Array) -> Array:
+    """Compute a_j = exp(s_j) / Σ_k exp(s_k) over the last axis.
+
+    The result is the same if all of a row's scores are moved.  Less their maximum, exp cannot
+    overflow and the sum, of which one term is 1, cannot vanish.
+    """
+    exponentials = np.exp(scores - scores.real.max(axis=-1, keepdims=True))
+    weights: Array = exponentials / exponentials.sum(axis=-1, keepdims=True)
     return weights
 
 
-def _split_heads(x: Array, num_heads: int) -> Array:
+def softmax_backward(dweights: Array, weights: Array) -> Array:
+    """Push ``dweights`` back through a = softmax(s).
+
+    From log a_j = s_j - log Σ_k exp(s_k), with [i = j] = 1 where i is j, else 0:
+
+        ∂log a_j/∂s_i = [i = j] - exp(s_i)/Σ_k exp(s_k) = [i = j] - a_i
+        ∂a_j/∂s_i     = a_j ([i = j] - a_i)
+        ds_i          = Σ_j da_j ∂a_j/∂s_i = a_i (da_i - Σ_j a_j da_j)
+    """
+    mean = (weights * dweights).sum(axis=-1, keepdims=True)
+    dscores: Array = weights * (dweights - mean)
+    return dscores
+
+
+def split_heads(x: Array, num_heads: int) -> Array:
     """[batch, length, embed_dim] -> [batch, num_heads, length, head_dim]."""
     batch, length, embed_dim = x.shape
     return x.reshape(batch, length, num_heads, embed_dim // num_heads).swapaxes(1, 2)
 
 
-def _merge_heads(x: Array) -> Array:
+def merge_heads(x: Array) -> Array:
     """[batch, num_heads, length, head_dim] -> [batch, length, embed_dim]."""
     batch, num_heads, length, head_dim = x.shape
     return x.swapaxes(1, 2).reshape(batch, length, num_heads * head_dim)

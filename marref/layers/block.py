@@ -3,7 +3,10 @@
     h = x + dropout(attention(layer_norm(x)))
     y = h + dropout(feed_forward(layer_norm(h)))
 
-Each branch reads a normalised copy of the residual stream x and adds to it.
+Each branch reads a normalised copy of the residual stream x and adds to it.  (In Vaswani et al.
+2017 the norm came after the sum; then the stream itself is normalised 2·num_layers times on its
+way, and deep models need a slow start of the learning rate.)  Page:
+docs/feed-forward-and-block.md.
 """
 
 import math
@@ -12,8 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marref.layers import attention, dropout, feed_forward, layer_norm
-from marref.layers.dropout import Uniforms
-from marref.trees import Array, Index, Tree
+from marref.trees import Array, Tree
 
 
 def init(
@@ -43,6 +45,17 @@ def init(
     }
 
 
+def draw_keep(rng: np.random.Generator | None, shape: tuple[int, ...], rate: float) -> Tree:
+    """Draw which features dropout keeps on the two branches; see `marref.layers.dropout.draw`.
+
+    Returns
+    -------
+    dict
+        ``attention`` and ``feed_forward``, each of the shape, or ``None``.
+    """
+    return {name: dropout.draw(rng, shape, rate) for name in ("attention", "feed_forward")}
+
+
 def forward(
     params: Tree,
     x: Array,
@@ -50,9 +63,8 @@ def forward(
     num_heads: int,
     gelu: str,
     epsilon: float,
+    keep: Tree | None = None,
     dropout_rate: float = 0.0,
-    rng: Uniforms | None = None,
-    rows: Index = ...,
 ) -> tuple[Array, Tree]:
     """Pass the residual stream through one block.
 
@@ -62,33 +74,32 @@ def forward(
     x : array [batch, length, embed_dim]
     num_heads, gelu, epsilon
         See `attention`, `gelu` and `layer_norm`.
+    keep : dict, optional
+        From `draw_keep`.  Without it nothing is dropped.
     dropout_rate : float
-    rng : numpy.random.Generator or None
-        ``None`` turns dropout off.
-    rows : index
-        The positions whose y is wanted, as in `attention`: where nothing reads the others, as in
-        a last block, they need no query and no feed-forward layer.
 
     Returns
     -------
-    y : array [batch, rows, embed_dim]
+    y : array [batch, length, embed_dim]
     cache : dict
-        The caches of the layers, by their names.
+        The caches of the layers, by their names; ``output`` y.
     """
+    keep = keep or {"attention": None, "feed_forward": None}
     cache: Tree = {}
     branch, cache["attention_norm"] = layer_norm.forward(params["attention_norm"], x, epsilon)
-    branch, cache["attention"] = attention.forward(params["attention"], branch, num_heads, rows)
-    branch, cache["attention_dropout"] = dropout.forward(branch, dropout_rate, rng)
-    x = x[rows] + branch
-    branch, cache["feed_forward_norm"] = layer_norm.forward(params["feed_forward_norm"], x, epsilon)
+    branch, cache["attention"] = attention.forward(params["attention"], branch, num_heads)
+    branch, cache["attention_dropout"] = dropout.forward(branch, keep["attention"], dropout_rate)
+    h = x + branch
+    branch, cache["feed_forward_norm"] = layer_norm.forward(params["feed_forward_norm"], h, epsilon)
     branch, cache["feed_forward"] = feed_forward.forward(params["feed_forward"], branch, gelu)
-    branch, cache["feed_forward_dropout"] = dropout.forward(branch, dropout_rate, rng)
-    return x + branch, cache
+    branch, cache["feed_forward_dropout"] = dropout.forward(
+        branch, keep["feed_forward"], dropout_rate
+    )
+    y = h + branch
+    return y, {**cache, "output": y}
 
 
-def backward(
-    params: Tree, dy: Array, cache: Tree, *, gelu: str, rows: Index = ...
-) -> tuple[Array, Tree]:
+def backward(params: Tree, dy: Array, cache: Tree) -> tuple[Array, Tree]:
     """Push ``dy`` back: `forward` read from bottom to top.
 
     At x + f(x) the gradient goes both ways: dx = dy + fᵀ(dy), where fᵀ is the backward of f.
@@ -102,18 +113,18 @@ def backward(
     grads = {}
     dbranch = dropout.backward(dy, cache["feed_forward_dropout"])
     dbranch, grads["feed_forward"] = feed_forward.backward(
-        params["feed_forward"], dbranch, cache["feed_forward"], gelu
+        params["feed_forward"], dbranch, cache["feed_forward"]
     )
     dbranch, grads["feed_forward_norm"] = layer_norm.backward(
         params["feed_forward_norm"], dbranch, cache["feed_forward_norm"]
     )
-    dy = dy + dbranch
-    dbranch = dropout.backward(dy, cache["attention_dropout"])
+    dh = dy + dbranch
+    dbranch = dropout.backward(dh, cache["attention_dropout"])
     dbranch, grads["attention"] = attention.backward(
-        params["attention"], dbranch, cache["attention"], rows
+        params["attention"], dbranch, cache["attention"]
     )
-    dx, grads["attention_norm"] = layer_norm.backward(
+    dbranch, grads["attention_norm"] = layer_norm.backward(
         params["attention_norm"], dbranch, cache["attention_norm"]
     )
-    dx[rows] += dy
+    dx = dh + dbranch
     return dx, {name: grads[name] for name in params}

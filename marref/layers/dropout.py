@@ -1,35 +1,50 @@
 """Inverted dropout (Srivastava et al. 2014): y = x ⊙ m,  m_i = 0 or 1/(1 - p).
 
 Every feature is dropped with probability p and the others are scaled up, so that the mean of y
-is x and nothing needs to change when dropout is off.
+is x and nothing needs to change when dropout is off.  What is dropped is drawn before the forward
+pass and handed to it, like any other input.  Page: docs/feed-forward-and-block.md.
 """
-
-from typing import Any, Protocol
 
 import numpy as np
 
 from marref.trees import Array
 
 
-class Uniforms(Protocol):
-    """What dropout draws from: a numpy.random.Generator, or what hands out a part of its draws."""
+def draw(rng: np.random.Generator | None, shape: tuple[int, ...], rate: float) -> Array | None:
+    """Draw which features are kept, each with probability 1 - p.
 
-    def random(self, size: Any, dtype: Any) -> Any:
-        """Draw numbers uniform in [0, 1)."""
+    The uniform numbers have one dtype, whatever that of the features, so one seed drops the same
+    features in float32 and in float64.
+
+    Parameters
+    ----------
+    rng : numpy.random.Generator or None
+        ``None`` turns dropout off.
+    shape : tuple of int
+    rate : float
+        The probability p of dropping a feature, in [0, 1).
+
+    Returns
+    -------
+    bool array of the shape, or None
+        ``None`` where nothing is dropped: without an ``rng``, or at rate 0.
+    """
+    if rng is None or rate == 0.0:
+        return None
+    keep: Array = rng.random(shape, np.float32) >= rate
+    return keep
 
 
-def forward(x: Array, rate: float, rng: Uniforms | None) -> tuple[Array, Array | None]:
-    """Drop features at random; without an ``rng``, or at rate 0, do nothing.
-
-    The uniform numbers are float32 in every precision, so one seed drops the same features in
-    float32 and in float64.
+def forward(x: Array, keep: Array | None, rate: float) -> tuple[Array, Array | None]:
+    """Drop the features that are not kept.
 
     Parameters
     ----------
     x : array
+    keep : bool array of the shape of ``x``, or None
+        From `draw`.
     rate : float
-        The probability p of dropping a feature, in [0, 1).
-    rng : numpy.random.Generator, or another source of `Uniforms`, or None
+        The p that it was drawn with.
 
     Returns
     -------
@@ -38,9 +53,8 @@ def forward(x: Array, rate: float, rng: Uniforms | None) -> tuple[Array, Array |
     cache : array or None
         The mask m, or ``None`` where nothing is dropped.
     """
-    if rng is None or rate == 0.0:
+    if keep is None:
         return x, None
-    keep = rng.random(x.shape, np.float32) >= rate
     mask = keep.astype(x.dtype) / (1.0 - rate)
     return x * mask, mask
 

@@ -1,4 +1,4 @@
-"""Linear layer, an affine map of the features: y = x W + b."""
+"""Linear layer, an affine map of the features: y = x W + b.  Page: docs/linear.md."""
 
 import numpy as np
 import numpy.typing as npt
@@ -43,11 +43,7 @@ def forward(params: Tree, x: Array) -> tuple[Array, Array]:
     cache : array
         ``x`` itself.
     """
-    # One product of two matrices: NumPy multiplies a stack of them one by one.
-    rows = x.reshape(-1, x.shape[-1])
-    y = rows @ params["kernel"]
-    y += params["bias"]
-    return y.reshape(*x.shape[:-1], y.shape[1]), x
+    return x @ params["kernel"] + params["bias"], x
 
 
 def backward(params: Tree, dy: Array, cache: Array) -> tuple[Array, Tree]:
@@ -74,7 +70,6 @@ def backward(params: Tree, dy: Array, cache: Array) -> tuple[Array, Tree]:
     grads : dict
         Like ``params``.
     """
-    rows = cache.reshape(-1, cache.shape[-1])
+    x = cache.reshape(-1, cache.shape[-1])
     drows = dy.reshape(-1, dy.shape[-1])
-    dx = (drows @ params["kernel"].T).reshape(cache.shape)
-    return dx, {"kernel": rows.T @ drows, "bias": drows.sum(axis=0)}
+    return dy @ params["kernel"].T, {"kernel": x.T @ drows, "bias": drows.sum(axis=0)}

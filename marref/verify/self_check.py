@@ -1,11 +1,13 @@
 """``marref check``: every gradient of marref, held to numerical derivatives on this machine."""
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from marref import loss, trees
+from marref.fast import loss_and_grads
 from marref.layers import (
     attention,
     block,
@@ -19,7 +21,6 @@ from marref.layers import (
 from marref.loss import mar_loss
 from marref.masking import mask_tokens
 from marref.model import MAR
-from marref.shares import loss_and_grads
 from marref.trees import Array, Tree
 from marref.verify.gradients import METHODS, check_gradients, check_layer
 
@@ -27,7 +28,7 @@ BOUNDS = {"complex-step": 1e-12, "central": 1e-6}
 """The largest error that passes, relative to the largest entry of the gradient."""
 
 _BATCH, _LENGTH, _FEATURES, _HEADS, _VOCAB = 2, 5, 8, 2, 7
-_EPSILON = 1e-5
+_EPSILON, _DROPOUT = 1e-5, 0.2
 
 
 class Row(NamedTuple):
@@ -87,38 +88,16 @@ def random_like(params: Tree, rng: np.random.Generator, std: float = 0.5) -> Tre
 def _layers(rng: np.random.Generator) -> dict[str, _Layer]:
     x = rng.normal(size=(_BATCH, _LENGTH, _FEATURES))
     tokens = rng.integers(_VOCAB, size=(_BATCH, _LENGTH))
-
-    def layer(
-        params: Tree, forward: Callable[..., Any], backward: Callable[..., tuple[Array, Tree]]
-    ) -> _Layer:
-        def split_forward(point: Tree) -> tuple[Array, Any]:
-            result: tuple[Array, Any] = forward(_params(point), point["x"])
-            return result
-
-        def split_backward(point: Tree, dy: Array, cache: Any) -> Tree:
-            dx, grads = backward(_params(point), dy, cache)
-            return {"x": dx, **grads}
-
-        return _Layer(split_forward, split_backward, {"x": x, **random_like(params, rng)})
-
-    def block_forward(params: Tree, x: Array) -> tuple[Array, Tree]:
-        return block.forward(
-            params,
-            x,
-            num_heads=_HEADS,
-            gelu="erf",
-            epsilon=_EPSILON,
-            dropout_rate=0.2,
-            rng=np.random.default_rng(0),
-        )
-
-    def gelu_layer(kind: str) -> _Layer:
-        return _Layer(
-            lambda point: gelu.forward(point["x"], kind),
-            lambda point, dy, cache: {"x": gelu.backward(dy, cache, kind)},
-            {"x": x},
-        )
-
+    layer = functools.partial(_layer, x, rng)
+    keep = dropout.draw(rng, x.shape, _DROPOUT)
+    of_block = functools.partial(
+        block.forward,
+        num_heads=_HEADS,
+        gelu="erf",
+        epsilon=_EPSILON,
+        keep=block.draw_keep(rng, x.shape, _DROPOUT),
+        dropout_rate=_DROPOUT,
+    )
     return {
         "embedding": _Layer(
             lambda point: embedding.forward(point, tokens, "concatenated"),
@@ -132,28 +111,62 @@ def _layers(rng: np.random.Generator) -> dict[str, _Layer]:
             layer_norm.backward,
         ),
         "dropout": _Layer(
-            lambda point: dropout.forward(point["x"], 0.2, np.random.default_rng(0)),
+            lambda point: dropout.forward(point["x"], keep, _DROPOUT),
             lambda point, dy, cache: {"x": dropout.backward(dy, cache)},
             {"x": x},
+        ),
+        "attend": _Layer(
+            lambda point: attention.attend(**point),
+            lambda point, dy, cache: dict(
+                zip(point, attention.attend_backward(dy, cache), strict=True)
+            ),
+            {
+                name: rng.normal(size=(_BATCH, _HEADS, _LENGTH, _FEATURES // _HEADS))
+                for name in ("query", "key", "value")
+            },
         ),
         "attention": layer(
             attention.init(rng, _FEATURES, 1.0, 1.0),
             lambda params, x: attention.forward(params, x, _HEADS),
             attention.backward,
         ),
-        "gelu (erf)": gelu_layer("erf"),
-        "gelu (tanh)": gelu_layer("tanh"),
+        "gelu (erf)": _gelu_layer(x, "erf"),
+        "gelu (tanh)": _gelu_layer(x, "tanh"),
         "feed_forward": layer(
             feed_forward.init(rng, _FEATURES, 1.0, 1.0),
             lambda params, x: feed_forward.forward(params, x, "erf"),
-            lambda params, dy, cache: feed_forward.backward(params, dy, cache, "erf"),
+            feed_forward.backward,
         ),
-        "block": layer(
-            block.init(rng, _FEATURES, 2, 1.0),
-            block_forward,
-            lambda params, dy, cache: block.backward(params, dy, cache, gelu="erf"),
-        ),
+        "block": layer(block.init(rng, _FEATURES, 2, 1.0), of_block, block.backward),
     }
+
+
+def _layer(
+    x: Array,
+    rng: np.random.Generator,
+    params: Tree,
+    forward: Callable[..., Any],
+    backward: Callable[..., tuple[Array, Tree]],
+) -> _Layer:
+    """Take a layer with one input and parameters of its own, which are drawn."""
+
+    def split_forward(point: Tree) -> tuple[Array, Any]:
+        result: tuple[Array, Any] = forward(_params(point), point["x"])
+        return result
+
+    def split_backward(point: Tree, dy: Array, cache: Any) -> Tree:
+        dx, grads = backward(_params(point), dy, cache)
+        return {"x": dx, **grads}
+
+    return _Layer(split_forward, split_backward, {"x": x, **random_like(params, rng)})
+
+
+def _gelu_layer(x: Array, kind: str) -> _Layer:
+    return _Layer(
+        lambda point: gelu.forward(point["x"], kind),
+        lambda point, dy, cache: {"x": gelu.backward(dy, cache)},
+        {"x": x},
+    )
 
 
 def _params(point: Tree) -> Tree:

@@ -1,7 +1,6 @@
 """The named activations of a forward pass, in the order in which they are computed."""
 
-from marref.layers import embedding, linear
-from marref.model import MAR, block_forward, head_forward
+from marref.model import MAR
 from marref.trees import Array, Tree
 
 
@@ -35,28 +34,23 @@ def activations(model: MAR, params: Tree, tokens: Array) -> dict[str, Array]:
         ``final_norm``                           [batch, length, embed_dim]
         ``logits``                               [batch, length, vocab_size]
     """
-    x, _ = embedding.forward(params["embedding"], tokens, model.positions)
-    named = {"embedding": x}
-    for index, block_params in enumerate(params["blocks"]):
-        x, cache = block_forward(model, block_params, x, None)
-        attention, feed_forward = cache["attention"], cache["feed_forward"]
-        output, _ = linear.forward(block_params["attention"]["output"], attention["context"])
-        up, _ = linear.forward(block_params["feed_forward"]["up"], feed_forward["input"])
-        down, _ = linear.forward(block_params["feed_forward"]["down"], feed_forward["activation"])
-        block = {
+    logits, cache = model.forward(params, tokens)
+    named = {"embedding": cache["embedding"]["output"]}
+    for index, block in enumerate(cache["blocks"]):
+        attention, feed_forward = block["attention"], block["feed_forward"]
+        of_block = {
             "attention_norm": attention["input"],
             "attention.query": attention["query"],
             "attention.key": attention["key"],
             "attention.value": attention["value"],
             "attention.weights": attention["weights"],
             "attention.context": attention["context"],
-            "attention.output": output,
+            "attention.output": attention["output"],
             "feed_forward_norm": feed_forward["input"],
-            "feed_forward.up": up,
+            "feed_forward.up": feed_forward["up"],
             "feed_forward.activation": feed_forward["activation"],
-            "feed_forward.down": down,
-            "output": x,
+            "feed_forward.down": feed_forward["down"],
+            "output": block["output"],
         }
-        named |= {f"blocks.{index}.{name}": array for name, array in block.items()}
-    logits, cache = head_forward(model, params, x)
+        named |= {f"blocks.{index}.{name}": array for name, array in of_block.items()}
     return {**named, "final_norm": cache["head"], "logits": logits}
