@@ -3,11 +3,10 @@
 import argparse
 import dataclasses
 import json
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -19,7 +18,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         prog="marref", description="The NumPy reference implementation of MAR."
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in (_add_demo, _add_check, _add_golden, _add_compare):
+        add(commands)
+    parsed = parser.parse_args(arguments)
+    try:
+        status: int = parsed.run(parsed)
+    except (OSError, ValueError, TypeError, ImportError) as error:
+        print(f"marref: {error}", file=sys.stderr)
+        return 2
+    return status
 
+
+def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="train on 8x8 digits and generate new ones",
@@ -33,6 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     demo.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
     demo.set_defaults(run=_demo)
 
+
+def _add_check(commands: Any) -> None:
     check = commands.add_parser(
         "check",
         help="hold every gradient to numerical derivatives",
@@ -41,6 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     check.add_argument("--seed", type=_not_negative, default=0, help="default: 0")
     check.set_defaults(run=_check)
 
+
+def _add_golden(commands: Any) -> None:
     golden = commands.add_parser(
         "golden",
         help="write golden vectors for another implementation",
@@ -58,6 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     golden.add_argument("--dtype", choices=("float64", "float32"), default="float64")
     golden.set_defaults(run=_golden)
 
+
+def _add_compare(commands: Any) -> None:
     compare = commands.add_parser(
         "compare",
         help="find where an implementation first differs from golden vectors",
@@ -77,19 +93,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     compare.add_argument("--json", action="store_true", help="for machines")
     compare.set_defaults(run=_compare)
 
-    words = sys.argv[1:] if arguments is None else list(arguments)
-    parsed = parser.parse_args(words, argparse.Namespace(words=words))
-    try:
-        status: int = parsed.run(parsed)
-    except (OSError, ValueError, TypeError, ImportError) as error:
-        print(f"marref: {error}", file=sys.stderr)
-        return 2
-    return status
-
 
 def _demo(arguments: argparse.Namespace) -> int:
-    if "OPENBLAS_NUM_THREADS" not in os.environ:
-        return _rerun(arguments.words)
     from marref import demo
 
     settings = demo.QUICK if arguments.quick else demo.DEFAULT
@@ -103,25 +108,6 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _rerun(words: Sequence[str]) -> int:
-    """Run this command in a process with the settings that suit small arrays.
-
-    BLAS reads its number of threads, and glibc whether freed memory is kept for the next array,
-    only when a process starts.  Threads do not pay for matrices of 64 columns, and stand in each
-    other's way where other programs run; returning every array to the kernel costs more than
-    computing it.
-    """
-    settings = {
-        "OPENBLAS_NUM_THREADS": "1",
-        "MKL_NUM_THREADS": "1",
-        "MALLOC_MMAP_THRESHOLD_": str(2**30),
-        "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1),
-    }
-    # -P: a marref or a csv.py in the current folder is not meant.
-    command = [sys.executable, "-P", "-m", "marref", *words]
-    return subprocess.run(command, env={**settings, **os.environ}, check=False).returncode
-
-
 def _golden(arguments: argparse.Namespace) -> int:
     from marref import files
     from marref.verify import golden
@@ -129,6 +115,7 @@ def _golden(arguments: argparse.Namespace) -> int:
     if arguments.where:
         print(golden.shipped(arguments.out))
         return 0
+    files.check_suffix("out", arguments.out)
     changes = json.loads(arguments.config or "{}")
     model = dataclasses.replace(golden.PRESETS[arguments.preset], **changes)
     arrays, metadata = golden.make(model, arguments.seed, arguments.dtype)

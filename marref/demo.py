@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from marref import data, files, training
-from marref.decoding import iterative_decode
+from marref import data, fast, files, training
+from marref.fast import iterative_decode
 from marref.model import MAR
 from marref.training import StepRecord
 from marref.trees import Array, Tree, flatten
@@ -129,23 +129,8 @@ def run(
     for ratio, (ours, baseline) in bits.items():
         echo(f"  {ratio:10.2f}    {ours:6.3f}    {baseline:6.3f}")
 
-    generated, steps = iterative_decode(
-        model,
-        params,
-        batch_size=NUM_GENERATED,
-        num_steps=settings.decode_steps,
-        temperature=settings.temperature,
-        choice_temperature=settings.choice_temperature,
-        rng=rng,
-        return_steps=True,
-    )
-    stages = shown_stages(len(steps["tokens"]))
-    numbers = ", ".join(str(stage + 1) for stage in stages)
-    echo(f"\nGenerated digits, after steps {numbers} (? is [MASK]):\n")
-    for digit in range(_SHOWN_DIGITS):
-        echo(side_by_side([steps["tokens"][stage, digit] for stage in stages]) + "\n")
-
     names = ["parameters.npz", "history.csv"]
+    generated, steps = _generate(settings, params, rng, echo)
     try:
         from marref import plots
     except ImportError:
@@ -160,6 +145,28 @@ def run(
     return bits
 
 
+def _generate(
+    settings: Settings, params: Tree, rng: np.random.Generator, echo: Callable[[str], None]
+) -> tuple[Array, dict[str, Array]]:
+    """Generate digits, and show some of them while they are unmasked."""
+    generated, steps = iterative_decode(
+        settings.model,
+        params,
+        batch_size=NUM_GENERATED,
+        num_steps=settings.decode_steps,
+        temperature=settings.temperature,
+        choice_temperature=settings.choice_temperature,
+        rng=rng,
+        return_steps=True,
+    )
+    stages = shown_stages(len(steps["tokens"]))
+    numbers = ", ".join(str(stage + 1) for stage in stages)
+    echo(f"\nGenerated digits, after steps {numbers} (? is [MASK]):\n")
+    for digit in range(_SHOWN_DIGITS):
+        echo(side_by_side([steps["tokens"][stage, digit] for stage in stages]) + "\n")
+    return generated, steps
+
+
 def measure(
     model: MAR,
     params: Tree,
@@ -172,19 +179,15 @@ def measure(
     Both are measured at the same positions.
     """
     frequencies = training.position_log_frequencies(train_tokens, model.vocab_size)
+    predict = functools.partial(fast.logits, model, params)
 
     def baseline(tokens: Array) -> Array:
         return np.broadcast_to(frequencies, (*tokens.shape, model.vocab_size))
 
-    return {
-        ratio: (
-            training.bits_per_token(
-                functools.partial(model, params), held_out, ratio, np.random.default_rng(seed)
-            ),
-            training.bits_per_token(baseline, held_out, ratio, np.random.default_rng(seed)),
-        )
-        for ratio in MASK_RATIOS
-    }
+    def bits(predict: Callable[[Array], Array], ratio: float) -> float:
+        return training.bits_per_token(predict, held_out, ratio, np.random.default_rng(seed))
+
+    return {ratio: (bits(predict, ratio), bits(baseline, ratio)) for ratio in MASK_RATIOS}
 
 
 def shown_stages(num_steps: int) -> list[int]:

@@ -11,10 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from marref import checks, files, masking, optim, trees
+from marref.fast import adam_step, loss_and_grads
 from marref.loss import mar_loss
 from marref.masking import mask_tokens, sample_mask_ratio
 from marref.model import MAR, check_model
-from marref.shares import loss_and_grads
 from marref.trees import Array, Tree
 
 
@@ -57,7 +57,7 @@ def train(
     mask_schedule: str = "one-minus-cosine",
     mask_token_id: int = 0,
     on_step: Callable[[StepRecord], None] | None = None,
-    num_threads: int = 1,
+    num_threads: int | None = None,
 ) -> tuple[Tree, list[StepRecord]]:
     """Train a model with AdamW on randomly masked sequences.
 
@@ -85,8 +85,9 @@ def train(
     mask_token_id : int
     on_step : callable, optional
         Called with the record of every step, as it ends.
-    num_threads : int
-        How many threads share each batch; see `marref.loss_and_grads`.
+    num_threads : int, optional
+        How many threads share each batch; see `marref.loss_and_grads`.  The same bits on every
+        machine need a number.
 
     Returns
     -------
@@ -110,7 +111,8 @@ def train(
     checks.choice("mask_schedule", mask_schedule, masking.SCHEDULES)
     checks.integer("mask_token_id", mask_token_id, 0, model.vocab_size - 1)
     checks.generator("rng", rng)
-    num_threads = checks.integer("num_threads", num_threads, 1)
+    if num_threads is not None:
+        checks.integer("num_threads", num_threads, 1)
 
     params = trees.map_leaves(np.copy, params)
     state = optim.init(params)
@@ -130,24 +132,11 @@ def train(
         rate = optim.warmup_cosine(
             step, peak=learning_rate, warmup_steps=warmup_steps, total_steps=num_steps
         )
-        params, state = optim.step(
-            params,
-            grads,
-            state,
-            rate,
-            weight_decay=weight_decay,
-            in_place=True,
-            num_threads=num_threads,
+        params, state = adam_step(
+            params, grads, state, rate, weight_decay=weight_decay, num_threads=num_threads
         )
-        history.append(
-            StepRecord(
-                step=step + 1,
-                loss=float(loss.real),
-                grad_norm=grad_norm,
-                learning_rate=rate,
-                tokens_per_second=targets.size / (time.perf_counter() - start),
-            )
-        )
+        speed = targets.size / (time.perf_counter() - start)
+        history.append(StepRecord(step + 1, float(loss.real), grad_norm, rate, speed))
         if on_step is not None:
             on_step(history[-1])
     return params, history
@@ -168,7 +157,7 @@ def bits_per_token(
     ----------
     predict : callable
         Masked tokens [batch, length] to logits [batch, length, vocab_size]; for a model,
-        ``functools.partial(model, params)``.
+        ``functools.partial(marref.fast.logits, model, params)``.
     tokens : integer array [num_sequences, length]
     ratio : float
         In [0, 1]; every sequence has the same number of masked positions.

@@ -1,0 +1,150 @@
+"""The iterative decoder, computed where it is needed, in parts that threads take.
+
+Only the positions that are still masked are predicted, so the head and, in the last block, the
+queries and the feed-forward layer are computed at these.  Sequences that are complete are left
+out; from nothing, where all sequences are the same, the first step is computed for one.
+"""
+
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from marref import decoding
+from marref.fast import memory, parallel
+from marref.fast.forward import Member, Work, encode, head, prepare, split_up
+from marref.fast.kernels import has_digits
+from marref.model import MAR
+from marref.schedules import Schedule
+from marref.trees import Array, Tree
+
+
+def iterative_decode(
+    model: MAR,
+    params: Tree,
+    *,
+    seq_len: int | None = None,
+    vocab_size: int | None = None,
+    num_steps: int = 8,
+    mask_token_id: int = 0,
+    temperature: float = 1.0,
+    batch_size: int | None = None,
+    tokens: npt.ArrayLike | None = None,
+    schedule: str | Schedule = "cosine",
+    order: str = "confidence",
+    rng: np.random.Generator | None = None,
+    choice_temperature: float = 0.0,
+    exclude_mask_token: bool = True,
+    return_steps: bool = False,
+    num_threads: int | None = None,
+) -> npt.NDArray[np.int64] | Any:
+    """Generate sequences by revealing the most confident tokens first.
+
+    Equal to `marref.decoding.iterative_decode`, its definition, up to rounding; see there for
+    what it takes, returns and raises.
+
+    Parameters
+    ----------
+    num_threads : int, optional
+        How many threads share the work: the sequences or, if there are fewer than threads, their
+        positions.  By default as many as pay, see docs/performance.md.  The same number gives the
+        same bits, another one the same result up to rounding.
+    """
+    tokens = decoding.start(model, seq_len, vocab_size, batch_size, mask_token_id, tokens)
+    decoding.check_params(model, params, tokens)
+    rule = decoding.Rule(
+        num_steps=num_steps,
+        mask_token_id=mask_token_id,
+        temperature=temperature,
+        schedule=schedule,
+        order=order,
+        choice_temperature=choice_temperature,
+        exclude_mask_token=exclude_mask_token,
+    )
+    num_threads = parallel.choose(
+        num_threads, tokens.size * model.embed_dim, parallel.FEATURES_WORTH_A_THREAD
+    )
+    memory.keep_by_default()
+    with parallel.threads(num_threads) as run:
+        work = prepare(run, model, params, tokens.shape[1])
+        predict_at = functools.partial(_predict_at, run, work, rule)
+        tokens, steps = decoding.decode(predict_at, tokens, rule, rng, work.table.dtype)
+    return (tokens, steps) if return_steps else tokens
+
+
+def _predict_at(
+    run: parallel.Run,
+    work: Work,
+    rule: decoding.Rule,
+    tokens: Array,
+    masked: Array,
+    uniforms: Array | None,
+) -> tuple[Array, Array]:
+    """Predict the masked positions: what `marref.decoding.decode` asks for in every step."""
+    batch = len(tokens)
+    from_nothing = bool(masked.all())
+    todo = slice(1) if from_nothing else masked.any(axis=1)
+    if uniforms is not None:
+        uniforms = uniforms.reshape(batch if from_nothing else 1, -1)
+    members = split_up(run, work, tokens[todo], masked[todo])
+    parts: list[Array | None] = [None] * len(members)
+    if uniforms is not None:
+        ends = np.cumsum([np.count_nonzero(member.rows.wanted) for member in members])
+        parts = list(np.split(uniforms, ends[:-1], axis=1))
+    results = run(functools.partial(_of_member, work, rule), members, parts)
+    predicted, log_confidence = (
+        np.concatenate(arrays, axis=1).ravel() for arrays in zip(*results, strict=True)
+    )
+    if from_nothing and uniforms is None:
+        return np.tile(predicted, batch), np.tile(log_confidence, batch)
+    return predicted, log_confidence
+
+
+def _of_member(
+    work: Work, rule: decoding.Rule, member: Member, uniforms: Array | None
+) -> tuple[Array, Array]:
+    """Predict a member's part of the masked positions; see `_predict` for what is returned."""
+
+    def use(logits: Array, part: slice) -> tuple[Array, Array]:
+        return _predict(logits, rule, None if uniforms is None else uniforms[:, part])
+
+    x = encode(work, member)
+    if x is None:
+        return np.empty((1, 0)), np.empty((1, 0))
+    predicted, log_confidence = zip(*head(work, x, use), strict=True)
+    return np.concatenate(predicted, axis=1), np.concatenate(log_confidence, axis=1)
+
+
+def _predict(logits: Array, rule: decoding.Rule, uniforms: Array | None) -> tuple[Array, Array]:
+    """Do as `marref.decoding.predict`; logits are written over.
+
+    At temperature 1 the log-confidence of the arg max is -log1p(Σ exp(z) of the others / exp(z) of
+    the largest).
+
+    Parameters
+    ----------
+    logits : array [rows, vocab_size]
+    rule : Rule
+    uniforms : array [copies, rows] or None
+        For several sequences that have the same logits.
+
+    Returns
+    -------
+    tokens, log_confidence : arrays [copies, rows]
+    """
+    if uniforms is not None:
+        pairs = [decoding.predict(logits, rule, of_copy) for of_copy in uniforms]
+        tokens, log_confidence = (np.array(copies) for copies in zip(*pairs, strict=True))
+        return tokens, log_confidence
+    if rule.temperature != 1.0 or not has_digits(logits):
+        tokens, log_confidence = decoding.predict(logits, rule, None)
+        return tokens[np.newaxis], log_confidence[np.newaxis]
+    if rule.exclude_mask_token:
+        logits[:, rule.mask_token_id] = -np.inf
+    rows, tokens = np.arange(len(logits)), logits.argmax(axis=1)
+    np.exp(logits, out=logits)
+    of_best = logits[rows, tokens]
+    logits[rows, tokens] = 0.0
+    log_confidence = -np.log1p(logits.sum(axis=1) / of_best)
+    return tokens[np.newaxis], log_confidence[np.newaxis]
