@@ -1,9 +1,18 @@
 """The fault catalogue: every known mistake shows, has its right gradient, and is caught."""
 
+import concurrent.futures
+import contextlib
 import dataclasses
 import functools
+import gc
+import importlib.util
+import inspect
+import itertools
 import re
 import sys
+import threading
+import time
+import types
 from pathlib import Path
 
 import mpmath
@@ -12,7 +21,7 @@ import pytest
 
 import marref
 from marref import trees
-from marref.layers import layer_norm
+from marref.layers import gelu, layer_norm
 from marref.verify import faults, golden, self_check
 from marref.verify.faults import CATALOGUE, STAGES
 from marref.verify.faults.page import differences, first_difference, first_differences, page
@@ -75,44 +84,111 @@ def test_the_catalogue_has_every_fault_of_every_stage_once():
 def test_a_fault_has_a_kebab_case_name_a_paragraph_and_patches(name):
     fault = CATALOGUE[name]
     assert fault.name == name
-    assert re.fullmatch(r"[a-z][a-z0-9.]*(-[a-z0-9.]+)*", name)
-    assert fault.patches
-    assert fault.summary.endswith(".")
-    assert "\n" not in fault.summary
+    assert re.fullmatch(r"[a-z][a-z0-9.]*(-[a-z0-9.]+)*", name), "a name is in kebab-case"
+    assert fault.patches, f"{name} decorates no function"
+    assert fault.summary.endswith("."), f"{name} owes a paragraph: a docstring, or says()"
     assert fault.summary == " ".join(fault.summary.split())
 
 
-def namespaces():
-    """Everything that a patch could leave behind."""
-    owners = [module for key, module in sys.modules.items() if key.split(".")[0] == "marref"]
+@every_fault
+def test_a_patch_takes_the_arguments_of_its_seam(name):
+    for patch in CATALOGUE[name].patches:
+        parameters = inspect.signature(patch.seam.pristine).parameters.values()
+        keywords = {p.name: None for p in parameters if p.kind is p.KEYWORD_ONLY}
+        old = [] if patch.replaces else [None]
+        values = [None] * (len(parameters) - len(keywords))
+        if not any(p.kind is p.VAR_POSITIONAL for p in parameters):
+            inspect.signature(patch.function).bind(*old, *values, **keywords)
+
+
+# Faults go in, act where they should, and come out.
+
+ANOTHER_NAME = gelu.gate
+ROOT = CATALOGUE["embedding-times-root-embed-dim"]
+RELU, SILU = CATALOGUE["gelu-relu"], CATALOGUE["gelu-silu"]
+CAUSAL = CATALOGUE["attention-causal"]
+
+
+def attributes():
+    """Everything that can be called in the package's modules and classes."""
+    modules = [module for key, module in sys.modules.items() if key.split(".")[0] == "marref"]
+    classes = {kind for module in modules for kind in vars(module).values() if is_own_class(kind)}
     return {
-        (owner.__name__, name): value
-        for owner in [*owners, marref.MAR]
+        (owner, name): value
+        for owner in [*modules, *classes]
         for name, value in vars(owner).items()
-        if name not in {"__dict__", "__weakref__"}
+        if callable(value)
     }
 
 
-def assert_same(before, after):
-    assert before.keys() == after.keys()
-    assert [key for key in before if before[key] is not after[key]] == []
+def is_own_class(value):
+    return isinstance(value, type) and value.__module__.split(".")[0] == "marref"
+
+
+def codes():
+    """The code of every function of the package, the seams among them."""
+    return {
+        value: value.__code__
+        for value in attributes().values()
+        if isinstance(value, types.FunctionType)
+    }
+
+
+def logits(*_):
+    params, batch, _ = drawn(TINY)
+    return TINY(params, batch["tokens"])
+
+
+def logits_with(*applied):
+    with faults.applied(*applied):
+        return logits()
+
+
+def in_another_thread(function):
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        return pool.submit(function).result()
+
+
+@pytest.fixture
+def nothing_is_left():
+    """After a test that uses it, marref is as it was before, and computes the same bits."""
+    params, batch, right = drawn(TINY)
+    attributes_before, codes_before = attributes(), codes()
+    yield
+    attributes_after, codes_after = attributes(), codes()
+    assert attributes_after.keys() == attributes_before.keys()
+    for key, value in attributes_before.items():
+        assert attributes_after[key] is value, key
+    for function, code in codes_before.items():
+        assert codes_after[function] is code, function
+    again = golden.compute(TINY, params, batch)
+    assert again.keys() == right.keys()
+    for name, array in right.items():
+        np.testing.assert_array_equal(again[name], array, err_msg=name)
+
+
+FAST_WAY = ("loss_and_grads", "adam_step", "logits", "iterative_decode")
 
 
 @every_fault
 def test_a_fault_is_applied_and_then_gone(name):
-    before = namespaces()
+    attributes_before, before = attributes(), codes()
+    seams = {patch.seam.function for patch in CATALOGUE[name].patches}
     with CATALOGUE[name].applied():
-        during = namespaces()
-    assert any(before[key] is not during[key] for key in before)
-    assert_same(before, namespaces())
+        during = codes()
+        assert attributes() == attributes_before
+    changed = {function for function in before if during[function] is not before[function]}
+    fast_way = {getattr(marref.fast, name) for name in FAST_WAY}
+    assert changed == seams | fast_way
+    assert codes() == before
+    assert all(function.__code__ is code for function, code in before.items())
 
 
+@pytest.mark.usefixtures("nothing_is_left")
 def test_faults_are_gone_after_an_error_too():
-    before = namespaces()
     pair = CATALOGUE["gelu-tanh"], CATALOGUE["layer-norm-epsilon-1e-6"]
     with pytest.raises(ZeroDivisionError), faults.applied(*pair):
         raise ZeroDivisionError
-    assert_same(before, namespaces())
 
 
 def test_two_faults_together_are_both_there():
@@ -128,24 +204,239 @@ def test_two_faults_together_are_both_there():
 
 
 def test_a_wrap_goes_around_a_replacement_whatever_the_order():
-    params, batch, _ = drawn(TINY)
-    pair = CATALOGUE["gelu-relu"], CATALOGUE["gelu-tanh"]
-    found = []
-    for order in (pair, pair[::-1], pair[:1]):
-        with faults.applied(*order):
-            found.append(TINY(params, batch["tokens"]))
-    np.testing.assert_array_equal(found[0], found[2])
-    np.testing.assert_array_equal(found[1], found[2])
+    tanh = CATALOGUE["gelu-tanh"]
+    for order in ((RELU, tanh), (tanh, RELU)):
+        np.testing.assert_array_equal(logits_with(*order), logits_with(RELU))
+    guarded = CATALOGUE["attention-softmax-sum-plus-1e-5"]
+    both = logits_with(guarded, CAUSAL)
+    np.testing.assert_array_equal(logits_with(CAUSAL, guarded), both)
+    assert (both != logits_with(guarded)).any()
+    assert (both != logits_with(CAUSAL)).any()
 
 
+@pytest.mark.usefixtures("nothing_is_left")
 def test_faults_that_replace_the_same_function_exclude_each_other():
-    before = namespaces()
-    pair = CATALOGUE["gelu-relu"], CATALOGUE["gelu-silu"]
-    assert not faults.compatible(*pair)
-    with pytest.raises(ValueError, match="gelu-relu, gelu-silu"), faults.applied(*pair):
+    assert not faults.compatible(RELU, SILU)
+    with pytest.raises(ValueError, match="gelu-relu, gelu-silu"), faults.applied(RELU, SILU):
         pass
-    assert faults.compatible(CATALOGUE["gelu-relu"], CATALOGUE["attention-unscaled"])
-    assert_same(before, namespaces())
+    with (
+        RELU.applied(),
+        pytest.raises(ValueError, match="gelu-relu, gelu-silu"),
+        SILU.applied(),
+    ):
+        pass
+    assert faults.compatible(RELU, CATALOGUE["attention-unscaled"])
+
+
+@pytest.mark.usefixtures("nothing_is_left")
+def test_a_fault_that_is_applied_twice_acts_once_and_to_the_end():
+    once = logits_with(ROOT)
+    np.testing.assert_array_equal(logits_with(ROOT, ROOT), once)
+    with ROOT.applied():
+        np.testing.assert_array_equal(logits_with(ROOT), once)
+        np.testing.assert_array_equal(logits(), once)
+
+
+@pytest.mark.usefixtures("nothing_is_left")
+@pytest.mark.parametrize("order", list(itertools.permutations([ROOT, CAUSAL, RELU])))
+def test_contexts_may_end_in_any_order(order):
+    left = [order[index + 1 :] for index in range(3)]
+    expected = [logits_with(*faults_left) for faults_left in left]
+    contexts = {fault: fault.applied() for fault in (ROOT, CAUSAL, RELU)}
+    for context in contexts.values():
+        context.__enter__()
+    for fault, right in zip(order, expected, strict=True):
+        contexts[fault].__exit__(None, None, None)
+        np.testing.assert_array_equal(logits(), right)
+
+
+@pytest.mark.usefixtures("nothing_is_left")
+def test_a_context_may_end_in_another_thread():
+    right = logits()
+    context = RELU.applied()
+    context.__enter__()
+    assert (logits() != right).any()
+    in_another_thread(lambda: context.__exit__(None, None, None))
+    np.testing.assert_array_equal(logits(), right)
+
+
+@pytest.mark.usefixtures("nothing_is_left")
+def test_a_context_that_nobody_ends_ends_with_its_last_reference():
+    context = RELU.applied()
+    context.__enter__()
+    del context
+    gc.collect()
+
+
+@pytest.mark.usefixtures("nothing_is_left")
+def test_other_threads_compute_the_pristine_bits_meanwhile():
+    params, batch, right = drawn(TINY)
+    with faults.applied(ROOT, RELU, CATALOGUE["decode-cosine-linear"]):
+        found = in_another_thread(lambda: golden.compute(TINY, params, batch))
+        value, _ = in_another_thread(lambda: marref.loss_and_grads(TINY, params, **batch))
+        assert (logits() != right["activations/logits"]).any()
+    for name, array in right.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+    assert float(value) == pytest.approx(float(right["loss"]), rel=1e-14)
+
+
+def test_each_thread_has_its_own_faults():
+    expected = {fault: logits_with(fault) for fault in (RELU, SILU, CAUSAL)}
+    both_are_in = threading.Barrier(2)
+
+    def compute(fault):
+        with fault.applied():
+            both_are_in.wait(10)
+            found = logits()
+            both_are_in.wait(10)
+        return found
+
+    for pair in itertools.permutations(expected, 2):
+        with concurrent.futures.ThreadPoolExecutor(2) as pool:
+            for fault, found in zip(pair, pool.map(compute, pair), strict=True):
+                np.testing.assert_array_equal(found, expected[fault])
+
+
+def test_threads_that_marref_starts_have_the_faults_of_their_caller():
+    pytest.importorskip("threadpoolctl")
+    expected = logits_with(RELU)
+    with RELU.applied(), marref.parallel.threads(2) as run:
+        for found in run(logits, range(8)):
+            np.testing.assert_array_equal(found, expected)
+
+
+def test_an_importer_under_another_name_sees_the_fault():
+    x = np.array([-1.0, 2.0])
+    cosine = marref.schedules.SCHEDULES["cosine"]
+    with faults.applied(RELU, CATALOGUE["decode-cosine-linear"]):
+        np.testing.assert_array_equal(ANOTHER_NAME(x, "erf")[0], [0.0, 1.0])
+        assert cosine(256, 8).tolist() == [32] * 8
+    assert (ANOTHER_NAME(x, gelu="erf")[0] != [0.0, 1.0]).all()
+
+
+@pytest.mark.usefixtures("nothing_is_left")
+def test_under_a_fault_the_public_face_computes_by_the_definition():
+    params, batch, _ = drawn(TINY)
+    state = marref.optim.init(params)
+    with RELU.applied():
+        expected = marref.model.loss_and_grads(TINY, params, **batch)
+        found = marref.loss_and_grads(TINY, params, **batch, num_threads=2)
+        tokens = marref.iterative_decode(TINY, params, num_steps=3, num_threads=2)
+        right_tokens = marref.decoding.iterative_decode(TINY, params, num_steps=3)
+        grads = expected[1]
+        before = trees.map_leaves(np.copy, params)
+        stepped, _ = marref.adam_step(
+            params, grads, state, 0.01, weight_decay=0.1, in_place=True, num_threads=2
+        )
+        right_step, _ = marref.optim.step(params, grads, state, 0.01, weight_decay=0.1)
+    assert found[0] == expected[0]
+    np.testing.assert_array_equal(tokens, right_tokens)
+    pairs = ((found[1], expected[1]), (stepped, right_step), (params, before))
+    for tree, right in pairs:
+        for name, leaf in trees.flatten(right).items():
+            np.testing.assert_array_equal(trees.flatten(tree)[name], leaf, err_msg=name)
+
+
+@pytest.fixture
+def threads_that_take_turns():
+    """Let threads interrupt each other every few operations."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(interval)
+
+
+@pytest.mark.usefixtures("nothing_is_left", "threads_that_take_turns")
+def test_ten_threads_may_apply_faults_at_random():
+    """Each opens and ends contexts in any order, and computes the bits of those that are open."""
+    pool_of_faults = [CATALOGUE[name] for name in CATALOGUE if "epsilon" not in name]
+    expected = {fault: logits_with(fault) for fault in pool_of_faults}
+    right = logits()
+
+    def work(seed):
+        rng = np.random.default_rng(seed)
+        contexts = []
+        for _ in range(60):
+            fault = pool_of_faults[rng.integers(len(pool_of_faults))]
+            with contextlib.suppress(ZeroDivisionError), fault.applied():
+                found = logits()
+                if rng.random() < 0.5:
+                    raise ZeroDivisionError
+            np.testing.assert_array_equal(found, expected[fault], err_msg=fault.name)
+            np.testing.assert_array_equal(logits(), right)
+            for other in rng.permutation(pool_of_faults)[:3]:
+                with contextlib.suppress(ValueError):
+                    contexts.append(other.applied())
+                    contexts[-1].__enter__()
+            while contexts:
+                contexts.pop(rng.integers(len(contexts))).__exit__(None, None, None)
+        return True
+
+    with np.errstate(all="ignore"), concurrent.futures.ThreadPoolExecutor(10) as pool:
+        assert all(pool.map(work, range(10)))
+
+
+class SlowList(list):
+    """Gives the main thread time to come between."""
+
+    def __iter__(self):
+        for item in super().__iter__():
+            if threading.current_thread() is not threading.main_thread():
+                time.sleep(1e-3)
+            yield item
+
+
+@pytest.mark.usefixtures("nothing_is_left")
+def test_a_thread_does_not_take_out_what_another_puts_in_meanwhile():
+    x = np.array([-2.0, 3.0])
+    values = CATALOGUE["clip-values"]
+    slow = dataclasses.replace(values, patches=SlowList(values.patches))
+    done = threading.Event()
+
+    def come_and_go():
+        while not done.is_set():
+            with slow.applied():
+                time.sleep(2e-3)
+
+    with concurrent.futures.ThreadPoolExecutor(1) as pool:
+        other = pool.submit(come_and_go)
+        found = []
+        for _ in range(100):
+            time.sleep(1e-3)
+            with RELU.applied():
+                for _ in range(3):
+                    found.append(gelu.gate(x, "erf")[0].tolist())
+                    time.sleep(1e-3)
+        done.set()
+        other.result()
+    assert found == [[0.0, 1.0]] * len(found)
+
+
+def load_again(name):
+    """Run a module of the catalogue under another name."""
+    spec = importlib.util.find_spec(f"marref.verify.faults.{name}")
+    copy = importlib.util.spec_from_file_location("copy_of_" + name, spec.origin)
+    copy.loader.exec_module(importlib.util.module_from_spec(copy))
+
+
+def test_a_missing_seam_is_an_error_when_the_catalogue_loads(monkeypatch):
+    load_again("feed_forward")
+    monkeypatch.delattr(gelu, "gate")
+    with pytest.raises(AttributeError, match=r"marref\.layers\.gelu.*gate"):
+        load_again("feed_forward")
+
+
+def closure(old):
+    return lambda *args: old(*args)
+
+
+@pytest.mark.parametrize("stranger", [np.exp, functools.partial(gelu.gate), closure(gelu.gate)])
+def test_a_seam_that_is_no_plain_function_is_an_error_when_the_catalogue_loads(
+    monkeypatch, stranger
+):
+    monkeypatch.setattr(gelu, "gate", stranger)
+    with pytest.raises(TypeError, match="expected a function without free variables"):
+        load_again("feed_forward")
 
 
 @pytest.mark.parametrize(
@@ -184,7 +475,13 @@ def test_a_fault_changes_golden_vectors_and_first_those_of_its_stage(name, first
         model = dataclasses.replace(TINY, **OTHER_MODELS[name])
         first, _ = first_difference(fault, model, *drawn(model))
     stage = next(stage for stage, entries in STAGES.items() if fault in entries)
-    assert first.startswith(SECTIONS.get(stage, ("activations/",)))
+    assert first, (
+        f"{name} changes nothing in golden vectors: name a model that shows it in OTHER_MODELS, or "
+        "list it in WITHOUT_ARRAYS and write a test that shows it"
+    )
+    assert first.startswith(SECTIONS.get(stage, ("activations/",))), (
+        f"{name} shows first in {first}, which is not of its stage, {stage}"
+    )
 
 
 @every_fault
@@ -292,7 +589,9 @@ def test_gradients_under_a_fault_are_the_derivatives_of_the_faulty_loss(name):
         )
     # Guards that are no derivatives: the maximum in the softmax counts as a constant.
     bound = 1e-4 if name == "attention-softmax-sum-plus-1e-5" else 1e-6
-    assert max(errors.values()) < bound, errors
+    assert max(errors.values()) < bound, (
+        f"{name} owes the derivative of its forward pass; errors by parameter: {errors}"
+    )
 
 
 # Every fault is caught: marref's own witnesses, in fast.
@@ -441,7 +740,8 @@ def test_a_fault_is_caught_by_a_witness(name):
         return False
 
     with CATALOGUE[name].applied(), np.errstate(all="ignore"):
-        assert any(accuses(witness) for witness in WITNESSES)
+        caught = any(accuses(witness) for witness in WITNESSES)
+    assert caught, f"{name} fails no witness: add one to WITNESSES that it fails and marref passes"
 
 
 @pytest.mark.parametrize("name", [fault.name for fault in STAGES["gradients"]])
@@ -454,4 +754,7 @@ def test_a_fault_of_the_backward_fails_the_gradient_check(name):
 
 
 def test_the_page_of_classic_mistakes_is_that_of_the_catalogue(first_in_tiny):
-    assert MISTAKES.read_text("utf-8") == page(first_in_tiny)
+    assert MISTAKES.read_text("utf-8") == page(first_in_tiny), (
+        "docs/mistakes.md is not that of the catalogue: "
+        "run python -m marref.verify.faults > docs/mistakes.md"
+    )

@@ -36,17 +36,17 @@ from marref.verify.faults.fault import Fault, applied, compatible
 __all__ = ["CATALOGUE", "STAGES", "Fault", "applied", "compatible"]
 
 STAGES: dict[str, tuple[Fault, ...]] = {
-    "embedding and head": embedding.FAULTS,
-    "layer norm": layer_norm.FAULTS,
-    "linear layers": feed_forward.LINEAR,
-    "attention": attention.FAULTS,
-    "feed-forward": feed_forward.FAULTS,
-    "block": block.FAULTS,
-    "loss": loss.FAULTS,
-    "gradients": gradients.FAULTS,
-    "optimiser": optimiser.FAULTS,
-    "decoding": decoding.DECODING,
-    "masking": decoding.MASKING,
+    "embedding and head": tuple(embedding.fault),
+    "layer norm": tuple(layer_norm.fault),
+    "linear layers": tuple(feed_forward.linear_fault),
+    "attention": tuple(attention.fault),
+    "feed-forward": tuple(feed_forward.fault),
+    "block": tuple(block.fault),
+    "loss": tuple(loss.fault),
+    "gradients": tuple(gradients.fault),
+    "optimiser": tuple(optimiser.fault),
+    "decoding": tuple(decoding.fault),
+    "masking": tuple(decoding.mask_fault),
 }
 """The faults by stage, in the order of the pipeline."""
 

@@ -1,12 +1,13 @@
 """docs/mistakes.md, written from the catalogue."""
 
+import math
+import re
 from collections.abc import Mapping
-
-import numpy as np
 
 from marref.model import MAR
 from marref.trees import Array, Tree
 from marref.verify import faults, golden
+from marref.verify.comparison import row_of
 from marref.verify.faults import CATALOGUE, STAGES, Fault
 
 VISIBLE = 1e-9
@@ -29,7 +30,7 @@ of a comparison does it and the other does not. Each has a name in the
 *First to differ* is the first array of the golden vectors (`marref golden`, preset tiny) that is
 off by more than 1e-9 of its largest entry, and by how much. Gradients follow the mistaken forward
 pass, as they do in a framework with autodiff; the stage *gradients* is for those who write them
-by hand.
+by hand. A mistake that is not here: [add a fault](add-a-fault.md).
 """
 
 
@@ -37,10 +38,13 @@ def page(first: Mapping[str, tuple[str, float]]) -> str:
     """Write the page: every fault, by stage, with its symptom from `first_differences`."""
     example = (faults.__doc__ or "").partition("--------\n")[2].strip()
     lines = [_HEAD.format(count=len(CATALOGUE), example=example)]
-    seen = {name: _symptom(*difference) for name, difference in first.items()}
     for stage, entries in STAGES.items():
         lines.append(f"## {stage[0].upper()}{stage[1:]}\n")
-        lines += [f"**`{fault.name}`** {fault.summary} {seen[fault.name]}\n" for fault in entries]
+        for fault in entries:
+            array, size = first[fault.name]
+            by = f", by {size:.1g}" if math.isfinite(size) else ""
+            what = f"`{array}`{by}" if array else "nothing in the tiny golden vectors"
+            lines.append(f"**`{fault.name}`** {fault.summary} *First to differ:* {what}.\n")
     return "\n".join(lines)
 
 
@@ -55,29 +59,17 @@ def first_differences() -> dict[str, tuple[str, float]]:
     }
 
 
-def _symptom(array: str, size: float) -> str:
-    by = f", by {size:.1g}" if np.isfinite(size) else ""
-    what = f"`{array}`{by}" if array else "nothing in the tiny golden vectors"
-    return f"*First to differ:* {what}."
-
-
 def first_difference(
-    fault: Fault,
-    model: MAR,
-    params: Tree,
-    batch: dict[str, Array],
-    right: Mapping[str, Array],
+    fault: Fault, model: MAR, params: Tree, batch: dict[str, Array], right: Mapping[str, Array]
 ) -> tuple[str, float]:
     """Name the first golden array that a fault changes, and its relative difference.
 
-    Stages after the one with the first difference are not computed.  Without any, the name is
-    empty.
+    Stages after that array's are not computed.  Without any such array, the name is empty.
     """
     with fault.applied():
         for stage in golden.stages(model, params, batch).values():
             wrong = stage()
-            different = differences(wrong, {name: right[name] for name in wrong})
-            for first in different.items():
+            for first in differences(wrong, {name: right[name] for name in wrong}).items():
                 return first
     return "", 0.0
 
@@ -89,14 +81,8 @@ def differences(actual: Mapping[str, Array], expected: Mapping[str, Array]) -> d
     """
     found = {}
     for name, right in expected.items():
-        if name.startswith("gradients/") and name.endswith(".attention.key.bias"):
-            continue
-        wrong = actual[name]
-        size = np.inf
-        if wrong.shape == right.shape:
-            largest = float(np.abs(right.astype(np.float64)).max(initial=0.0))
-            difference = np.abs(wrong.astype(np.float64) - right)
-            size = float(difference.max(initial=0.0)) / (largest or 1.0)
-        if not size <= VISIBLE:
+        same_shape = actual[name].shape == right.shape
+        size = row_of(name, actual[name], right, 0.0).relative if same_shape else math.inf
+        if size > VISIBLE and not re.match(r"gradients/.*\.attention\.key\.bias$", name):
             found[name] = size
     return found
