@@ -131,8 +131,13 @@ def binary_mask(argument: str, value: npt.ArrayLike, expected: tuple[int, ...]) 
 
 def unknown_name(name: str, known: Collection[str]) -> str:
     """Say that a name is unknown, and which known names are nearest."""
-    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f"{name!r} is unknown" + (f"; nearest: {', '.join(nearest)}" if nearest else "")
+    found = nearest(name, known)
+    return f"{name!r} is unknown" + (f"; nearest: {found}" if found else "")
+
+
+def nearest(name: str, known: Collection[str]) -> str:
+    """List up to three known names that are near to a name; empty if none is."""
+    return ", ".join(difflib.get_close_matches(name, known, n=3, cutoff=0.5))
 
 
 def _first(bad: Array) -> tuple[int, ...]:

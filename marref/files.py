@@ -18,6 +18,7 @@ import numpy as np
 from marref.trees import Array
 
 _METADATA = "__metadata__"
+# The last two are arguments of numpy.savez_compressed; in NumPy 2.1, "file" alone.
 _RESERVED = {_METADATA, "file", "allow_pickle"}
 _SAFETENSORS_KEY = "marref"
 _SAFETENSORS_DTYPES = {
@@ -60,6 +61,29 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def check_suffix(argument: str, path: str | os.PathLike[str]) -> None:
+    """Raise unless a file's name says its format, ``.npz`` or ``.safetensors``, for `save`.
+
+    Parameters
+    ----------
+    argument : str
+        What the caller calls the path, for the message.
+    path : path
+
+    Raises
+    ------
+    ValueError
+        The name ends otherwise.
+    ImportError
+        It ends in ``.safetensors``, which is not installed.
+    """
+    if not _is_safetensors(path) and Path(path).suffix != ".npz":
+        raise ValueError(
+            f"{argument}: received {os.fspath(path)!r}, expected a name that ends in .npz or "
+            ".safetensors"
+        )
+
+
 def save(path: str | os.PathLike[str], arrays: dict[str, Array], metadata: dict[str, Any]) -> None:
     """Write named arrays and metadata to one file, the same bytes for the same content.
 
@@ -88,8 +112,7 @@ def save(path: str | os.PathLike[str], arrays: dict[str, Array], metadata: dict[
     for name in _RESERVED & arrays.keys():
         raise ValueError(f"arrays: the name {name!r} is reserved")
     text = json.dumps(metadata)
-    if Path(path).suffix == ".safetensors":
-        _safetensors()
+    if _is_safetensors(path):
         from safetensors.numpy import save as to_bytes
 
         whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
@@ -97,9 +120,9 @@ def save(path: str | os.PathLike[str], arrays: dict[str, Array], metadata: dict[
         with replacing(path) as temporary:
             temporary.write_bytes(content)
     else:
-        encoded = np.frombuffer(text.encode(), np.uint8)
+        members: dict[str, Any] = {**arrays, _METADATA: np.frombuffer(text.encode(), np.uint8)}
         with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, allow_pickle=False, **arrays, **{_METADATA: encoded})
+            np.savez_compressed(file, **members)
 
 
 def load(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, Any]]:
@@ -129,28 +152,30 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, Any]
         safetensors is not installed.
     """
     path = Path(path)
-    if path.suffix == ".safetensors":
-        _safetensors()
-    read = _read_folder if path.is_dir() else _READERS.get(path.suffix, _read_npz)
-    content = b"" if path.is_dir() else path.read_bytes()
+    is_folder = path.is_dir()
+    is_safetensors = not is_folder and _is_safetensors(path)
+    content = b"" if is_folder else path.read_bytes()
     try:
-        arrays, metadata = read(path, content)
+        if is_folder:
+            return _read_folder(path)
+        return _read_safetensors(content) if is_safetensors else _read_npz(content)
     except Exception as error:
         # Garbled bytes make zipfile, zlib, NumPy and safetensors raise errors of a dozen types.
         raise ValueError(f"{path}: cannot be read as arrays ({error!r})") from error
-    return arrays, metadata
 
 
-def _read_npz(path: Path, content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
+def _read_npz(content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
     with np.load(io.BytesIO(content), allow_pickle=False) as archive:
         if len(set(archive.files)) < len(archive.files):
             raise ValueError("two arrays have the same name")
         arrays = {name: archive[name] for name in archive.files}
+    # No array, but an argument: NumPy 2.1 wrote it to the files of whoever gave it.
+    arrays.pop("allow_pickle", None)
     encoded = arrays.pop(_METADATA, None)
     return arrays, {} if encoded is None else _parsed(encoded.tobytes())
 
 
-def _read_safetensors(path: Path, content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
+def _read_safetensors(content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
     from safetensors import deserialize
 
     arrays, metadata = {}, {}
@@ -167,7 +192,7 @@ def _read_safetensors(path: Path, content: bytes) -> tuple[dict[str, Array], dic
     return arrays, metadata if text is None else {**metadata, **_parsed(text)}
 
 
-def _read_folder(path: Path, content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
+def _read_folder(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
     files = sorted(path.rglob("*.npy"))
     if not files:
         raise ValueError("no .npy files in it")
@@ -184,11 +209,11 @@ def _parsed(text: str | bytes) -> dict[str, Any]:
     return metadata
 
 
-def _safetensors() -> None:
-    if importlib.util.find_spec("safetensors") is None:
+def _is_safetensors(path: str | os.PathLike[str]) -> bool:
+    """Whether a file's name asks for safetensors; raise if it does and that is not installed."""
+    asked_for = Path(path).suffix == ".safetensors"
+    if asked_for and importlib.util.find_spec("safetensors") is None:
         raise ImportError(
             'safetensors files need the interop extra: pip install ".[interop]"; .npz does not'
         )
-
-
-_READERS = {".safetensors": _read_safetensors}
+    return asked_for

@@ -10,7 +10,7 @@ import pytest
 
 import marref
 from marref import cli, files
-from marref.verify import golden
+from marref.verify import golden, measure
 from marref.verify.comparison import Golden, compare, crosscheck, renamed
 
 
@@ -68,6 +68,31 @@ def test_what_is_not_finite_differs(vectors, value):
     logits[0, 0, 0] = value
     comparison = compare(vectors, {"activations/logits": logits})
     assert comparison.first.difference == np.inf
+
+
+@pytest.mark.parametrize(
+    ("actual", "expected", "difference", "relative"),
+    [
+        ([1.0, -4.5], [1.5, -4.0], 0.5, 0.125),
+        ([0.25, 0.0], [0.0, 0.0], 0.25, 0.25),
+        ([True, False], [False, False], 1.0, 1.0),
+        ([np.nan, 0.0], [2.0, 0.0], np.inf, np.inf),
+        ([2.0, 0.0], [np.nan, 0.0], np.inf, np.inf),
+        ([np.inf], [np.inf], np.inf, np.inf),
+        ([], [], 0.0, 0.0),
+    ],
+)
+def test_a_difference_is_relative_to_the_largest_entry(actual, expected, difference, relative):
+    actual, expected = np.array(actual), np.array(expected)
+    distance = measure.difference(actual, expected)
+    assert distance == difference
+    assert measure.relative(distance, measure.largest(expected)) == relative
+
+
+def test_an_array_that_should_be_0_is_off_by_its_difference(vectors):
+    name = "decode/hot/start"
+    (row,) = compare(vectors, {name: vectors.arrays[name] + 3}).rows
+    assert (row.difference, row.relative, row.verdict) == (3.0, 3.0, "DIFFERS")
 
 
 def test_crosscheck_calls_a_function_with_the_golden_inputs(vectors):

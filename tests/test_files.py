@@ -36,6 +36,30 @@ def test_the_same_model_is_the_same_bytes(trained, tmp_path):
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
+@pytest.mark.parametrize("name", ["__metadata__", "file", "allow_pickle"])
+def test_reserved_names_are_refused(tmp_path, name):
+    with pytest.raises(ValueError, match=f"the name '{name}' is reserved"):
+        files.save(tmp_path / "x.npz", {name: np.ones(1)}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_holds_the_arrays_and_the_metadata_and_nothing_else(tmp_path):
+    """NumPy 2.1 takes every argument of savez_compressed for an array."""
+    files.save(tmp_path / "x.npz", {"a": np.ones(1)}, {})
+    with np.load(tmp_path / "x.npz") as archive:
+        assert sorted(archive.files) == ["__metadata__", "a"]
+
+
+def test_a_file_with_the_stray_array_of_numpy_2_1_loads(trained, tmp_path):
+    path = tmp_path / "model.npz"
+    marref.save_model(path, *trained)
+    with zipfile.ZipFile(path, "a") as archive, archive.open("allow_pickle.npy", "w") as member:
+        np.lib.format.write_array(member, np.array(False))
+    model, params = marref.load_model(path)
+    assert model == trained[0]
+    assert trees.flatten(params).keys() == trees.flatten(trained[1]).keys()
+
+
 def test_a_file_is_written_whole_or_not_at_all(trained, tmp_path, monkeypatch):
     path = tmp_path / "model.npz"
     marref.save_model(path, *trained)

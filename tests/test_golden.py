@@ -1,3 +1,4 @@
+import importlib.util
 import json
 
 import numpy as np
@@ -142,6 +143,24 @@ def test_bad_golden_arguments_are_one_line_and_status_2(tmp_path, capsys, argume
     assert message in error
     assert error.count("\n") == 1
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.npz.gz", "tiny"])
+def test_a_file_of_another_format_is_refused_before_anything_is_computed(
+    tmp_path, capsys, monkeypatch, name
+):
+    monkeypatch.setattr(golden, "make", lambda *_: pytest.fail("computed"))
+    assert cli.main(["golden", str(tmp_path / name)]) == 2
+    assert "expected a name that ends in .npz or .safetensors" in capsys.readouterr().err
+
+
+def test_safetensors_that_are_not_installed_are_missed_before_anything_is_computed(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(golden, "make", lambda *_: pytest.fail("computed"))
+    assert cli.main(["golden", str(tmp_path / "x.safetensors")]) == 2
+    assert 'pip install ".[interop]"' in capsys.readouterr().err
 
 
 def test_rounding_to_bfloat16_is_that_of_half_of_the_bits():

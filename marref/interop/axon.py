@@ -64,9 +64,7 @@ def to_params(state: Mapping[str, Any]) -> Tree:
         Entries are missing, unexpected or misshapen; the message names the nearest candidates.
     """
     found = naming.leaves("state", state)
-    shapes = naming.check_complete("state", found, "token_embed.kernel", _layout)
-    named = to_names(found)
-    return trees.unflatten({name: named[name] for name in shapes})
+    return naming.tree(found, "token_embed.kernel", _layout, to_names)
 
 
 def to_model_state(params: Tree) -> dict[str, dict[str, Array]]:
@@ -87,8 +85,7 @@ def to_model_state(params: Tree) -> dict[str, dict[str, Array]]:
     TypeError, ValueError
         The tree is not one of parameters; the message names the nearest candidates.
     """
-    leaves = trees.flatten(params)
-    naming.check_complete("params", leaves, "embedding.table", lambda blank: blank.items())
+    leaves = naming.flatten(params)
     return trees.unflatten({name: np.array(array, order="C") for name, array in _layout(leaves)})
 
 

@@ -73,9 +73,7 @@ def to_params(state: Mapping[str, Any]) -> Tree:
     found = naming.leaves("state", state, prefix="params.")
     table = _LINEN if any(name.startswith("blocks_") for name in found) else _NNX
     layout = functools.partial(_layout, table=table, num_heads=_num_heads(found))
-    shapes = naming.check_complete("state", found, "embedding.embedding", layout)
-    named = to_names(found)
-    return trees.unflatten({name: named[name] for name in shapes})
+    return naming.tree(found, "embedding.embedding", layout, to_names)
 
 
 def to_variables(params: Tree, num_heads: int) -> dict[str, Any]:
@@ -166,8 +164,7 @@ def to_names(arrays: Mapping[str, Any]) -> dict[str, Array]:
 
 
 def _arranged(params: Tree, num_heads: int, table: Mapping[str, str]) -> dict[str, Array]:
-    leaves = trees.flatten(params)
-    naming.check_complete("params", leaves, "embedding.table", lambda blank: blank.items())
+    leaves = naming.flatten(params)
     num_heads = checks.integer("num_heads", num_heads, 1)
     embed_dim = leaves["embedding.table"].shape[1]
     if embed_dim % num_heads:

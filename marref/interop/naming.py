@@ -4,20 +4,22 @@ Each framework's file has a table from its names to marref's, in which ``<i>`` s
 number of a block.
 """
 
-import difflib
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
-from marref import checks
+from marref import checks, trees
 from marref.model import MAR
-from marref.trees import Array
+from marref.trees import Array, Tree
 
 # The number of a block: a part of a name, between dots or underscores, without leading zeros.
 _NUMBER = re.compile(r"(?<=[._])(?:0|[1-9][0-9]{0,5})(?=[._])")
 _SHOWN = 5
+
+Layout: TypeAlias = Callable[[dict[str, Array]], Iterable[tuple[str, Array]]]
+"""From marref's names and arrays to a framework's."""
 
 
 def leaves(argument: str, state: Mapping[str, Any], prefix: str = "") -> dict[str, Array]:
@@ -76,11 +78,27 @@ def inverse(table: Mapping[str, str]) -> dict[str, str]:
     return {ours: theirs for theirs, ours in table.items()}
 
 
-def check_complete(
-    argument: str,
-    found: Mapping[str, Array],
+def tree(
+    found: dict[str, Array],
     embedding: str,
-    layout: Callable[[dict[str, Array]], Iterable[tuple[str, Array]]],
+    layout: Layout,
+    to_names: Callable[[dict[str, Array]], dict[str, Array]],
+) -> Tree:
+    """Build marref's tree of all the arrays of a model; raise as `check_complete` does."""
+    shapes = check_complete("state", found, embedding, layout)
+    named = to_names(found)
+    return trees.unflatten({name: named[name] for name in shapes})
+
+
+def flatten(params: Tree) -> dict[str, Array]:
+    """Name the leaves of marref's parameters; raise as `check_complete` does."""
+    leaves = trees.flatten(params)
+    check_complete("params", leaves, "embedding.table", lambda blank: blank.items())
+    return leaves
+
+
+def check_complete(
+    argument: str, found: Mapping[str, Array], embedding: str, layout: Layout
 ) -> dict[str, tuple[int, ...]]:
     """Raise unless the arrays are those of a MAR, no more and no less, in a framework's layout.
 
@@ -93,8 +111,7 @@ def check_complete(
     embedding : str
         The name of the token table, [vocab_size, embed_dim], which tells the sizes; the numbered
         names tell how many blocks there are.
-    layout : callable
-        From marref's names and arrays to the framework's.
+    layout : Layout
 
     Returns
     -------
@@ -154,5 +171,5 @@ def _shortened(fault: str, names: list[str], remark: Callable[[str], str]) -> It
 
 
 def _nearest(name: str, known: Collection[str]) -> str:
-    nearest = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    return f" (nearest: {', '.join(nearest)})" if nearest else ""
+    found = checks.nearest(name, known)
+    return f" (nearest: {found})" if found else ""

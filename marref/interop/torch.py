@@ -15,7 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from marref import trees
 from marref.interop import naming
 from marref.trees import Array, Tree
 
@@ -62,9 +61,7 @@ def to_params(state: Mapping[str, Any]) -> Tree:
         Entries are missing, unexpected or misshapen; the message names the nearest candidates.
     """
     found = naming.leaves("state", state)
-    shapes = naming.check_complete("state", found, "embedding.weight", _layout)
-    named = to_names(found)
-    return trees.unflatten({name: named[name] for name in shapes})
+    return naming.tree(found, "embedding.weight", _layout, to_names)
 
 
 def to_state_dict(params: Tree) -> dict[str, Array]:
@@ -85,8 +82,7 @@ def to_state_dict(params: Tree) -> dict[str, Array]:
     TypeError, ValueError
         The tree is not one of parameters; the message names the nearest candidates.
     """
-    leaves = trees.flatten(params)
-    naming.check_complete("params", leaves, "embedding.table", lambda blank: blank.items())
+    leaves = naming.flatten(params)
     return {name: np.array(array, order="C") for name, array in _layout(leaves)}
 
 

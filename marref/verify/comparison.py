@@ -25,7 +25,7 @@ import numpy as np
 from marref import checks, trees
 from marref.model import MAR
 from marref.trees import Array, Tree
-from marref.verify import golden
+from marref.verify import golden, measure
 from marref.verify.rounding import EPSILON, PRECISIONS, in_precision
 
 MULTIPLE = 8.0
@@ -46,7 +46,7 @@ class Row:
     difference : float
         The largest |yours - golden|; infinite where yours is not finite.
     relative : float
-        ``difference`` over the largest |golden|.
+        ``difference`` over the largest |golden|; ``difference`` itself where that is 0.
     budget : float
         What ``difference`` may be; infinite where this precision decides nothing.
     """
@@ -258,11 +258,8 @@ def compare(
 
 def row_of(name: str, yours: Array, expected: Array, budget: float) -> Row:
     """Compare one array with what is expected."""
-    with np.errstate(invalid="ignore", over="ignore"):
-        distance = np.abs(yours.astype(np.float64) - expected.astype(np.float64))
-    difference = float(np.where(np.isfinite(distance), distance, np.inf).max(initial=0.0))
-    largest = float(np.abs(expected.astype(np.float64)).max(initial=0.0))
-    relative = difference / largest if largest > 0 else math.inf if difference else 0.0
+    difference = measure.difference(yours, expected)
+    relative = measure.relative(difference, measure.largest(expected))
     return Row(name, expected.shape, difference, relative, budget)
 
 
@@ -297,7 +294,7 @@ def budgets(golden_vectors: Golden, names: Mapping[str, Any], precision: str) ->
         params = _shaken(golden_vectors.params, rng if run > 0 else None, precision)
         found = _compute_in_precision(golden_vectors, names, params)
         for name, array in expected.items():
-            error = row_of(name, found[name], array, 0.0).difference if name in found else math.inf
+            error = measure.difference(found[name], array) if name in found else math.inf
             errors[name] = max(errors[name], error)
     return {
         **dict.fromkeys(names, 0.0),
@@ -339,7 +336,7 @@ def _smoothed(
     expected: dict[str, Array], errors: dict[str, float], precision: str
 ) -> dict[str, float]:
     """Turn errors into budgets, with luck taken out as said at the head of this module."""
-    largest = {name: float(np.abs(array).max(initial=0.0)) for name, array in expected.items()}
+    largest = {name: measure.largest(array) for name, array in expected.items()}
     section_largest: dict[str, float] = {}
     for name, size in largest.items():
         section = name.split("/")[0]

@@ -24,7 +24,6 @@ implementation in any precision starts from exactly the same model.
 
 import dataclasses
 import functools
-import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,9 +31,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+import marref
 from marref import checks, decoding, loss, optim, schedules, trees
-from marref.layers import block, dropout, embedding
+from marref.layers import block, dropout
 from marref.model import MAR, head_backward
+from marref.positions import sinusoidal_table
 from marref.trees import Array, Tree
 from marref.verify import trace
 from marref.verify.rounding import round_to
@@ -109,9 +110,9 @@ def draw(model: MAR, seed: int) -> tuple[Tree, dict[str, Array]]:
     targets = rng.integers(1, model.vocab_size, (BATCH, model.seq_len))
     # A token that stands at position 0 of the last sequence, unmasked, and nearly cancels it.
     cancelling = targets[-1, 0]
-    positions = embedding.sinusoidal_table(model.seq_len, model.embed_dim, model.positions)
+    waves = sinusoidal_table(model.seq_len, model.embed_dim, model.positions)
     table = leaves["embedding.table"]
-    table[cancelling] = 0.05 * table[cancelling] - positions[0]
+    table[cancelling] = 0.05 * table[cancelling] - waves[0]
 
     mask = np.zeros(targets.shape, np.int64)
     for row, count in enumerate((model.seq_len - 1, model.seq_len // 2, 1, 0)):
@@ -214,7 +215,7 @@ def make(
         "format": "marref golden vectors 1",
         "config": dataclasses.asdict(model),
         "seed": seed,
-        "versions": {"marref": importlib.metadata.version("marref"), "numpy": np.__version__},
+        "versions": {"marref": marref.__version__, "numpy": np.__version__},
         "conventions": CONVENTIONS,
         "optimisers": OPTIMISERS,
         "decodings": DECODINGS,
@@ -254,7 +255,7 @@ def _gradients(
     dx, _ = head_backward(params, residual["logits"], cache)
     for index in reversed(range(model.num_layers)):
         residual[f"blocks.{index}.output"] = dx
-        dx, _ = block.backward(params["blocks"][index], dx, cache["blocks"][index], gelu=model.gelu)
+        dx, _ = block.backward(params["blocks"][index], dx, cache["blocks"][index])
     residual["embedding"] = dropout.backward(dx, cache["embedding_dropout"])
     return value, grads, {f"activation_gradients/{name}": dx for name, dx in residual.items()}
 

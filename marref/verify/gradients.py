@@ -17,6 +17,7 @@ import numpy as np
 
 from marref import checks, trees
 from marref.trees import Array, Tree
+from marref.verify import measure
 
 METHODS = ("complex-step", "central")
 
@@ -55,8 +56,9 @@ def check_gradients(
     -------
     dict of str to float
         For every leaf, by dotted name, the largest |gradient - derivative| over the checked
-        entries, relative to the largest entry of all of ``gradients``.  (Not of the leaf: a true
-        gradient of 0, such as that of the key bias, has rounding for its largest entry.)
+        entries, relative to the largest entry of all of ``gradients``; infinite where one is not
+        finite.  (Not of the leaf: a true gradient of 0, such as that of the key bias, has rounding
+        for its largest entry.)
 
     Raises
     ------
@@ -76,7 +78,7 @@ def check_gradients(
         checks.generator("rng", rng)
 
     claimed = trees.flatten(gradients)
-    largest = max(float(np.abs(leaf).max(initial=0.0)) for leaf in claimed.values())
+    largest = measure.largest(*claimed.values())
     derivative = _complex_step if method == "complex-step" else _central
     errors = {}
     for name, leaf in leaves.items():
@@ -84,8 +86,8 @@ def check_gradients(
         if rng is not None and max_entries is not None and max_entries < leaf.size:
             entries = rng.choice(entries, max_entries, replace=False)
         found = np.array([derivative(function, leaves, name, int(entry)) for entry in entries])
-        difference = float(np.abs(claimed[name].ravel()[entries] - found).max(initial=0.0))
-        errors[name] = difference / largest if largest > 0 else difference
+        difference = measure.difference(claimed[name].ravel()[entries], found)
+        errors[name] = measure.relative(difference, largest)
     return errors
 
 

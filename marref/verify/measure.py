@@ -1,0 +1,31 @@
+"""The error measure of every check: how far arrays are from what is expected.
+
+    difference = max |actual - expected|             relative = difference / max |expected|
+
+Relative to the largest entry, not entry by entry: where terms cancel, a small entry has the
+rounding of the large terms that it came from.
+"""
+
+import math
+
+import numpy as np
+
+from marref.trees import Array
+
+
+def difference(actual: Array, expected: Array) -> float:
+    """Return the largest |actual - expected|; infinite where one of them is not finite."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        distance = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
+    return float(np.where(np.isfinite(distance), distance, np.inf).max(initial=0.0))
+
+
+def largest(*arrays: Array) -> float:
+    """Return the largest |entry| of all the arrays; 0 if they have none."""
+    sizes = (np.abs(array.astype(np.float64)).max(initial=0.0) for array in arrays)
+    return float(max(sizes, default=0.0))
+
+
+def relative(distance: float, size: float) -> float:
+    """Divide a difference by the largest expected entry, unless that is 0 or not finite."""
+    return distance / size if 0 < size < math.inf else distance
