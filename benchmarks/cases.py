@@ -37,26 +37,34 @@ class Contestant:
 
 
 EAGER = "PyTorch eager"
-MARREF = "marref"
-DEFAULTS = "marref, defaults"
+GATHERED = "PyTorch gathered"
+FUSED = "PyTorch gathered, fused Adam"
 COMPILED = "torch.compile"
+COMPILED_GATHERED = "torch.compile, gathered"
+AUTOTUNED = "torch.compile, max-autotune"
 JAX = "JAX jit"
+MARREF = "marref"
+BEST = "marref, best setting"
 NUMPY = "NumPy"
 
 CONTESTANTS = {
     EAGER: Contestant("in_torch", "plain"),
-    "PyTorch gathered": Contestant("in_torch", "gathered"),
-    "PyTorch gathered, fused Adam": Contestant("in_torch", "fused"),
+    GATHERED: Contestant("in_torch", "gathered"),
+    FUSED: Contestant("in_torch", "fused"),
     COMPILED: Contestant("in_torch", "compiled"),
+    COMPILED_GATHERED: Contestant("in_torch", "compiled_gathered"),
+    AUTOTUNED: Contestant("in_torch", "autotuned"),
     JAX: Contestant("in_jax", "jit"),
-    MARREF: Contestant("in_numpy", "fast"),
-    DEFAULTS: Contestant("in_numpy", "defaults"),
+    MARREF: Contestant("in_numpy", "default"),
+    BEST: Contestant("in_numpy", "best"),
     NUMPY: Contestant("in_numpy", "product"),
 }
 
-IN_TRAINING = tuple(name for name in CONTESTANTS if name != NUMPY)
-IN_DECODING = (EAGER, COMPILED, JAX, MARREF, DEFAULTS)
-PAIR = (EAGER, MARREF)
+# In training "torch.compile" is gathered too.
+IN_TRAINING = (EAGER, GATHERED, FUSED, COMPILED, AUTOTUNED, JAX, MARREF, BEST)
+IN_DECODING = (EAGER, GATHERED, COMPILED, COMPILED_GATHERED, AUTOTUNED, JAX, MARREF, BEST)
+IN_FLOAT64 = (EAGER, GATHERED, MARREF, BEST)
+THREE = (EAGER, MARREF, BEST)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +87,7 @@ class Case:
     dtype : {"float32", "float64"}
     dropout : float
     num_threads : int
-        What marref is told to use.
+        What marref is told to use at its best setting.
     calls : int
         The calls that one measurement is the mean of; several where one is short.
     """
@@ -118,11 +126,16 @@ def all_cases() -> list[Case]:
 
 
 def quick_cases() -> list[Case]:
-    """List a few cases of a tiny model, which exercise everything that `all_cases` does."""
+    """List a few cases of a tiny model, which exercise what `all_cases` does.
+
+    Tuning takes long to compile for any model, and is done in decoding alone.
+    """
+    training = _training("tiny", 2, "float32", 0.1)
+    untuned = tuple(name for name in training.contestants if name != AUTOTUNED)
     return [
         _product("float32", 512),
         _product("float64", 512),
-        _training("tiny", 2, "float32", 0.1),
+        dataclasses.replace(training, contestants=untuned),
         _training("tiny", 2, "float64", 0.0),
         _decoding("tiny", 2, "float32"),
         _decoding("tiny", 2, "float64"),
@@ -142,7 +155,7 @@ def _training(config: str, batch: int, dtype: str, dropout: float) -> Case:
         section="training",
         name=f"training, {config}, batch {batch}, {dtype}, dropout {dropout:g}",
         task="training",
-        contestants=IN_TRAINING if dtype == "float32" else PAIR,
+        contestants=IN_TRAINING if dtype == "float32" else IN_FLOAT64,
         config=config,
         seq_len=CONFIGS[config].seq_len,
         batch=batch,
@@ -157,7 +170,7 @@ def _decoding(config: str, batch: int, dtype: str) -> Case:
         section="decoding",
         name=f"decoding, {config}, batch {batch}, {dtype}",
         task="decoding",
-        contestants=IN_DECODING if dtype == "float32" else PAIR,
+        contestants=IN_DECODING if dtype == "float32" else IN_FLOAT64,
         config=config,
         seq_len=CONFIGS[config].seq_len,
         batch=batch,
@@ -170,13 +183,13 @@ def _decoding(config: str, batch: int, dtype: str) -> Case:
 
 def _growth(section: str, config: str, length: int, batch: int) -> Case:
     grown = length if section == "length" else batch
-    return Case(section, f"growth, {section} {grown}", "training", PAIR, config, length, batch)
+    name = f"growth, {section} {grown}"
+    return Case(section, name, "training", THREE, config, length, batch)
 
 
 def _neighbour(config: str, batch: int) -> Case:
     length = CONFIGS[config].seq_len
-    contestants = (EAGER, MARREF, DEFAULTS)
-    return Case("neighbour", "busy neighbour", "training", contestants, config, length, batch)
+    return Case("neighbour", "busy neighbour", "training", THREE, config, length, batch)
 
 
 def needed_flops(case: Case, num_masked: int, reveal_counts: Sequence[int]) -> float:

@@ -13,8 +13,11 @@ from benchmarks.cases import CONTESTANTS, EAGER, MARREF
 from benchmarks.measuring import Result
 from benchmarks.report import LIMIT, MIB, Measurements, ratios, size
 
-COLOURS = dict(zip(CONTESTANTS, ("black", "C0", "C9", "C2", "C4", "C3", "C1", "grey"), strict=True))
-MARKERS = dict(zip(CONTESTANTS, "|osDv*XP", strict=True))
+STYLES = ("black |", "C0 o", "C9 s", "C2 D", "C8 d", "C5 ^", "C4 v", "C3 *", "C1 X", "grey P")
+COLOURS, MARKERS = (
+    dict(zip(CONTESTANTS, parts, strict=True))
+    for parts in zip(*(style.split() for style in STYLES), strict=True)
+)
 LIMIT_STYLE = {"color": "0.45", "linestyle": "--"}
 
 
@@ -29,8 +32,11 @@ def draw(path: Path, results: Sequence[Result]) -> None:
     columns = lower.subplots(1, 4)
     _draw_growth(*columns[:2], measurements, "length")
     _draw_growth(*columns[2:], measurements, "batch")
-    handles, labels = training.get_legend_handles_labels()
-    upper.legend(handles, labels, loc="outside lower center", ncols=4)
+    entries: dict[str, Any] = {}
+    for axes in (training, decoding):
+        handles, labels = axes.get_legend_handles_labels()
+        entries |= dict(zip(labels, handles, strict=True))
+    upper.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4)
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=110)
 

@@ -3,32 +3,42 @@
 import contextlib
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 import numpy as np
 
 import marref
 from benchmarks.cases import (
+    BEST,
     CONFIGS,
     EAGER,
+    MARREF,
     MASK_RATIO,
     MASK_TOKEN,
     NUM_STEPS,
+    NUMPY,
     Case,
     needed_flops,
 )
 
 GROWTH_ROUNDS = 5
+ARRAYS = "arrays.npz"
 # Idle threads of the worker before may spin for a while before they sleep.
 PAUSE = 0.05
 
+# Without these there is nothing to report; a run goes on without another that fails.
+NEEDED = (EAGER, MARREF, BEST, NUMPY)
+
 # These catch contestants that compute another model; `marref compare` is the fine instrument.
 TOLERANCES = {"float32": 1e-3, "float64": 1e-9}
+# Near ties go either way in float32, and after one token has, others follow.
+EQUAL_TOKENS = {"float32": 0.5, "float64": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +68,7 @@ class Agreement:
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """What was measured in a case, by contestant.
+    """What was measured in a case, by contestant; those that failed are in the case alone.
 
     Parameters
     ----------
@@ -80,55 +90,98 @@ class Result:
     memory: dict[str, int]
 
 
+class FailedError(Exception):
+    """A contestant's process has ended; its message is on the standard error."""
+
+
 class Worker:
     """A contestant in its process; see `benchmarks.worker`."""
 
-    def __init__(self, contestant: str, case: Case, arrays_file: Path):
-        self.name = f"{contestant} ({case.name})"
-        arguments = [contestant, json.dumps(dataclasses.asdict(case)), str(arrays_file)]
+    def __init__(self, contestant: str, case: Case, folder: Path):
+        arguments = [contestant, json.dumps(dataclasses.asdict(case)), str(folder / ARRAYS)]
         self.process = subprocess.Popen(
             [sys.executable, "-m", "benchmarks.worker", *arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
+            # Of its own, since what an earlier run tuned beside other work would stay.
+            env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor")},
         )
 
-    def __enter__(self) -> "Worker":
-        return self
-
-    def __exit__(self, *_exception: object) -> None:
-        self.process.communicate()
-
-    def tell(self, command: str) -> None:
-        """Give a command; `answer` waits for what comes of it."""
-        self.process.stdin.write(f"{command}\n")
-        self.process.stdin.flush()
+    def ask(self, command: str) -> float:
+        """Give a command and wait for what comes of it."""
+        # If the process has ended, there is no answer either.
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.write(f"{command}\n")
+            self.process.stdin.flush()
+        return self.answer()
 
     def answer(self) -> float:
         """Wait for the next answer; the first comes without a command, when all is ready."""
         line = self.process.stdout.readline()
         if not line:
-            raise SystemExit(f"{self.name} failed; its message is above.")
+            raise FailedError
         return json.loads(line)
 
 
+class Team:
+    """The workers of a case, by name; one that fails leaves."""
+
+    def __init__(self, case: Case, folder: Path):
+        self.case = case
+        self.workers = {name: Worker(name, case, folder) for name in case.contestants}
+
+    def __enter__(self) -> "Team":
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        for worker in self.workers.values():
+            worker.process.communicate()
+
+    def wait(self) -> None:
+        """Wait until all are ready."""
+        for name, worker in list(self.workers.items()):
+            with self._leaving(name):
+                worker.answer()
+
+    def ask(self, command: str, turn: int = 0) -> dict[str, float]:
+        """Give a command to one after the other, while nothing else runs; answers by name.
+
+        Parameters
+        ----------
+        command : str
+        turn : int
+            Who comes first; one further with every turn.
+        """
+        names = list(self.workers)
+        start = turn % len(names)
+        answers = {}
+        for name in (*names[start:], *names[:start]):
+            time.sleep(PAUSE)
+            with self._leaving(name):
+                answers[name] = self.workers[name].ask(command)
+        return answers
+
+    @contextlib.contextmanager
+    def _leaving(self, name: str) -> Iterator[None]:
+        """Let a contestant that fails leave; raise SystemExit if it is needed."""
+        try:
+            yield
+        except FailedError:
+            message = f"{name} failed in {self.case.name}; its message is above."
+            if name in NEEDED:
+                raise SystemExit(message) from None
+            say(f"{message} Going on without it.")
+            self.workers.pop(name).process.communicate()
+
+
 @contextlib.contextmanager
-def _start(case: Case, arrays_file: Path) -> Iterator[dict[str, Worker]]:
-    """Start all contestants of a case, by name, and wait until they are ready."""
-    with contextlib.ExitStack() as stack:
-        workers = {
-            name: stack.enter_context(Worker(name, case, arrays_file)) for name in case.contestants
-        }
-        for worker in workers.values():
-            worker.answer()
-        yield workers
-
-
-def _measure_one(worker: Worker) -> float:
-    """Measure while nothing else runs."""
-    time.sleep(PAUSE)
-    worker.tell("measure")
-    return worker.answer()
+def start(case: Case, folder: Path) -> Iterator[Team]:
+    """Start all contestants of a case, and wait until they are ready."""
+    write_arrays(case, folder)
+    with Team(case, folder) as team:
+        team.wait()
+        yield team
 
 
 def say(message: str) -> None:
@@ -137,37 +190,45 @@ def say(message: str) -> None:
 
 
 def measure(cases: list[Case], rounds: int) -> tuple[list[Agreement], list[Result]]:
-    """Check that the contestants agree, and then measure every case."""
+    """Check that the contestants agree, and then measure in every case those that were checked."""
+    checked: dict[tuple[str, str, str], set[str]] = {}
+    agreements, results = [], []
     with tempfile.TemporaryDirectory() as folder:
-        agreements = [row for case in _to_check(cases) for row in _check(case, Path(folder))]
-        results = [
-            _measure_case(case, rounds, Path(folder), f"[{number} of {len(cases)}]")
-            for number, case in enumerate(cases, 1)
-        ]
+        for case in _to_check(cases):
+            rows = _check(case, Path(folder))
+            checked[_kind(case)] = {EAGER, *(row.contestant for row in rows)}
+            agreements += rows
+        for number, case in enumerate(cases, 1):
+            able = checked.get(_kind(case), set(case.contestants))
+            progress = f"[{number} of {len(cases)}]"
+            results.append(_measure_case(case, able, rounds, Path(folder), progress))
     return agreements, results
+
+
+def _kind(case: Case) -> tuple[str, str, str]:
+    """Return what the outcome of a check depends on."""
+    return case.task, case.config, case.dtype
 
 
 def _to_check(cases: list[Case]) -> list[Case]:
     """One case for every model, dtype and task, without dropout and with all contestants."""
     chosen: dict[tuple[str, str, str], Case] = {}
     for case in cases:
-        key = (case.task, case.config, case.dtype)
-        known = chosen.get(key, case)
+        known = chosen.get(_kind(case), case)
         contestants = dict.fromkeys((*known.contestants, *case.contestants))
-        chosen[key] = dataclasses.replace(known, contestants=tuple(contestants), dropout=0.0)
+        chosen[_kind(case)] = dataclasses.replace(
+            known, contestants=tuple(contestants), dropout=0.0
+        )
     return [case for case in chosen.values() if case.task != "product"]
 
 
 def _check(case: Case, folder: Path) -> list[Agreement]:
     """Hold what contestants compute to PyTorch eager; raise SystemExit if it is not the same."""
-    name = f"{case.task}, {case.config}, {case.dtype}"
+    name = ", ".join(_kind(case))
     say(f"checking {name}")
     outcomes = {}
-    with _start(case, _write_arrays(case, folder)) as workers:
-        for contestant, worker in workers.items():
-            worker.tell(f"check {folder / contestant}.npz")
-        for contestant, worker in workers.items():
-            worker.answer()
+    with start(case, folder) as team:
+        for contestant in team.ask(f"check {folder}"):
             with np.load(folder / f"{contestant}.npz") as outcome:
                 outcomes[contestant] = dict(outcome)
     reference = outcomes.pop(EAGER)
@@ -177,8 +238,7 @@ def _check(case: Case, folder: Path) -> list[Agreement]:
             for expected in [reference["tokens"]]
             for contestant, found in outcomes.items()
         ]
-        # Near ties go either way in float32, and after one token has, others follow.
-        wrong = [row for row in rows if case.dtype == "float64" and row.tokens != 1.0]
+        wrong = [row for row in rows if row.tokens < EQUAL_TOKENS[case.dtype]]
     else:
         rows = [_agreement(name, *item, reference) for item in outcomes.items()]
         tolerance = TOLERANCES[case.dtype]
@@ -211,36 +271,31 @@ def _agreement(
     return Agreement(case, contestant, difference("loss"), max(gradients), difference("loss_after"))
 
 
-def _measure_case(case: Case, rounds: int, folder: Path, progress: str) -> Result:
-    """Let every contestant run once a round, in an order that rotates."""
+def _measure_case(
+    case: Case, able: Container[str], rounds: int, folder: Path, progress: str
+) -> Result:
+    """Let every contestant that is able run once a round, in an order that rotates."""
     if case.section in ("length", "batch"):
         rounds = min(rounds, GROWTH_ROUNDS)
     started = time.perf_counter()
-    seconds: dict[str, list[float]] = {name: [] for name in case.contestants}
-    busy_seconds: dict[str, list[float]] = {name: [] for name in case.contestants}
-
-    with _start(case, _write_arrays(case, folder)) as workers:
-        # The first warm-up compiles, which need not wait for others; the second runs alone.
-        for worker in workers.values():
-            worker.tell("measure")
-        for worker in workers.values():
-            worker.answer()
-        for worker in workers.values():
-            _measure_one(worker)
-        for number in range(rounds):
-            start = number % len(workers)
-            order = (*case.contestants[start:], *case.contestants[:start])
-            for name in order:
-                seconds[name].append(_measure_one(workers[name]))
+    alone, busy = [], []
+    names = tuple(name for name in case.contestants if name in able)
+    with start(dataclasses.replace(case, contestants=names), folder) as team:
+        # The first warm-up compiles, and what it tunes it chooses by time.
+        for _ in range(2):
+            team.ask("measure")
+        for turn in range(rounds):
+            alone.append(team.ask("measure", turn))
             if case.section == "neighbour":
                 with _busy_process():
-                    for name in order:
-                        busy_seconds[name].append(_measure_one(workers[name]))
-        for worker in workers.values():
-            worker.tell("memory")
-        memory = {name: int(worker.answer()) for name, worker in workers.items()}
+                    busy.append(team.ask("measure", turn))
+        memory = {name: int(answer) for name, answer in team.ask("memory").items()}
     say(f"{progress} {case.name}: {time.perf_counter() - started:.0f} s")
     flops = needed_flops(case, round(MASK_RATIO * case.seq_len), _reveal_counts(case).tolist())
+    seconds, busy_seconds = (
+        {name: [answers[name] for answers in measured] for name in memory}
+        for measured in (alone, busy)
+    )
     return Result(case, flops, seconds, busy_seconds, memory)
 
 
@@ -255,9 +310,8 @@ def _busy_process() -> Iterator[None]:
             process.kill()
 
 
-def _write_arrays(case: Case, folder: Path) -> Path:
+def write_arrays(case: Case, folder: Path) -> None:
     """Write the weights and the batch that all contestants of a case share."""
-    path = folder / "arrays.npz"
     arrays: dict[str, np.ndarray] = {}
     if case.task != "product":
         config = CONFIGS[case.config]
@@ -275,8 +329,7 @@ def _write_arrays(case: Case, folder: Path) -> Path:
             "mask": mask,
             "reveal_counts": _reveal_counts(case),
         }
-    np.savez(path, **arrays)
-    return path
+    np.savez(folder / ARRAYS, **arrays)
 
 
 def _reveal_counts(case: Case) -> np.ndarray:

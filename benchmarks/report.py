@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.cases import CONTESTANTS, EAGER, MARREF, Case
+from benchmarks.cases import BEST, CONTESTANTS, EAGER, MARREF, Case
 from benchmarks.measuring import Agreement, Result
 
 LIMIT = "physical limit"
+PEER = "peer at its best"
+FAILED = "failed"
 MIB = 2**20
 SECTIONS = {"training": "Training", "decoding": "Decoding"}
 GROWTHS = {"length": "Growth with length", "batch": "Growth with batch size"}
@@ -77,6 +79,12 @@ def ratios(result: Result, contestant: str) -> list[float]:
     """Time over that of PyTorch eager in the same round, for every round."""
     pairs = zip(result.seconds[contestant], result.seconds[EAGER], strict=True)
     return [mine / eager for mine, eager in pairs]
+
+
+def best_peer(result: Result) -> str:
+    """Name the contestant with the smallest median ratio that is not marref."""
+    peers = [name for name in result.seconds if name not in (MARREF, BEST)]
+    return min(peers, key=lambda name: statistics.median(ratios(result, name)))
 
 
 def _spread(values: Sequence[float]) -> str:
@@ -157,16 +165,26 @@ def _overview(measurements: Measurements, results: Sequence[Result]) -> str:
     everyone = [
         name
         for name in CONTESTANTS
-        if name != EAGER and any(name in result.seconds for result in results)
+        if name != EAGER and any(name in result.case.contestants for result in results)
     ]
     rows = []
     for result in results:
-        medians = [
-            f"{statistics.median(ratios(result, name)):.2f}" if name in result.seconds else ""
-            for name in everyone
-        ]
-        rows.append([_short(result.case), *medians, f"{measurements.limit_ratio(result):.2f}"])
-    return _table([f"time / {EAGER}", *everyone, LIMIT], rows)
+        peer = best_peer(result)
+        rows.append(
+            [
+                _short(result.case),
+                *(_median_ratio(result, name) for name in everyone),
+                f"{_median_ratio(result, peer)} ({peer})",
+                f"{measurements.limit_ratio(result):.2f}",
+            ]
+        )
+    return _table([f"time / {EAGER}", *everyone, PEER, LIMIT], rows)
+
+
+def _median_ratio(result: Result, contestant: str) -> str:
+    if contestant in result.seconds:
+        return f"{statistics.median(ratios(result, contestant)):.2f}"
+    return FAILED if contestant in result.case.contestants else ""
 
 
 def _short(case: Case) -> str:
@@ -175,22 +193,25 @@ def _short(case: Case) -> str:
 
 
 def _details(measurements: Measurements, result: Result) -> str:
-    rows = [
-        [
-            name,
-            _spread(ratios(result, name)),
-            _milliseconds(statistics.median(seconds)),
-            _memory(result, name),
-            f"{result.memory[name] / result.memory[EAGER]:.2f}",
-        ]
-        for name, seconds in result.seconds.items()
-    ]
+    rows = [_detail(result, name) for name in result.case.contestants]
     limit = measurements.limit_seconds(result)
     rows.append(
         [LIMIT, f"{measurements.limit_ratio(result):.2f}", _milliseconds(limit), "", ""],
     )
     header = ["", f"time / {EAGER}", "milliseconds", "peak MiB", f"memory / {EAGER}"]
     return _table(header, rows)
+
+
+def _detail(result: Result, name: str) -> list[str]:
+    if name not in result.seconds:
+        return [name, FAILED, "", "", ""]
+    return [
+        name,
+        _spread(ratios(result, name)),
+        _milliseconds(statistics.median(result.seconds[name])),
+        _memory(result, name),
+        f"{result.memory[name] / result.memory[EAGER]:.2f}",
+    ]
 
 
 def _growth(measurements: Measurements, section: str, results: Sequence[Result]) -> str:
@@ -201,6 +222,7 @@ def _growth(measurements: Measurements, section: str, results: Sequence[Result])
             [
                 str(size(result.case)),
                 _spread(ratios(result, MARREF)),
+                _spread(ratios(result, BEST)),
                 f"{measurements.limit_ratio(result):.2f}",
                 _milliseconds(medians[MARREF]),
                 _milliseconds(medians[EAGER]),
@@ -212,6 +234,7 @@ def _growth(measurements: Measurements, section: str, results: Sequence[Result])
     header = [
         section,
         f"{MARREF} time / {EAGER}",
+        f"{BEST} time / {EAGER}",
         LIMIT,
         f"{MARREF} ms",
         f"{EAGER} ms",

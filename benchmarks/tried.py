@@ -3,23 +3,25 @@
     python -m benchmarks.tried
 
 Prints, for each, the time as a ratio to marref's, the median of 9 interleaved rounds, with
-memory kept and a BLAS of one thread.
+memory kept and a BLAS of one thread.  The last groups are what the number of threads that marref
+chooses is derived from; see docs/performance.md.
 """
 
 import contextlib
 import dataclasses
-import math
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from types import ModuleType
 
 import numpy as np
+from scipy.sparse import csr_array
 from scipy.special import ndtr
 
 import marref
-from marref import decoding, memory, normal, optim, parallel, shares, trees
-from marref.layers import attention, embedding, gelu
-from marref.model import block_forward
+from marref.fast import gelu, kernels, memory, parallel, pieces, training
+from marref.layers import attention, embedding
 
 ROUNDS = 9
 SEED = marref.build(vocab_size=8192, dropout=0.0)
@@ -45,55 +47,62 @@ def compare(what: str, ways: Ways) -> None:
         print(f"| {what} | {name} | {statistics.median(ratios):.2f} | {milliseconds:.3g} |")
 
 
-def gelu_slope() -> Ways:
-    """GELU of the hidden layer of two sequences, and its gradient."""
+def with_setting(module: ModuleType, name: str, value: object, run: Callable[[], object]) -> None:
+    """Run something while a module has another value."""
+    default = getattr(module, name)
+    setattr(module, name, value)
+    run()
+    setattr(module, name, default)
+
+
+def activation() -> Ways:
+    """GELU and its slope for the hidden layer of two sequences, in float32."""
     x = np.random.default_rng(0).standard_normal((512, 1024), np.float32)
 
-    def with_value() -> None:
-        _, cache = gelu.forward(x, "erf")
-        gelu.backward(x, cache, "erf")
+    def run() -> None:
+        gelu.value_and_slope(x.copy(), "erf")
 
-    def from_input() -> None:
-        gate, _ = normal.distribution_and_density(x)
-        x * gate
-        density = np.exp(-0.5 * (x * x)) / math.sqrt(2 * math.pi)
-        x * (gate + x * density)
-
-    return {"with the value": with_value, "in the backward pass, from the input": from_input}
-
-
-def gelu_gate() -> Ways:
-    """Φ of the hidden layer of two sequences."""
-    x = np.random.default_rng(0).standard_normal((512, 1024), np.float32)
-
-    def in_chunks(rows: int) -> None:
-        for start in range(0, len(x), rows):
-            normal.distribution_and_density(x[start : start + rows])
+    def from_scipy() -> None:
+        gate = ndtr(x)
+        density = np.exp(-0.5 * x * x) / np.float32(np.sqrt(2 * np.pi))
+        x * gate, gate + x * density
 
     return {
-        "in passes over the array": lambda: normal.distribution_and_density(x),
-        "in passes over 2¹⁴ numbers at a time": lambda: in_chunks(16),
-        "in passes over 2¹⁶": lambda: in_chunks(64),
-        "scipy.special.ndtr": lambda: ndtr(x),
+        "a polynomial, 2¹⁵ numbers at a time": run,
+        "2¹³ numbers at a time": lambda: with_setting(gelu, "_CHUNK", 2**13, run),
+        "2¹⁷ numbers at a time": lambda: with_setting(gelu, "_CHUNK", 2**17, run),
+        "all at once": lambda: with_setting(gelu, "_CHUNK", 2**40, run),
+        "scipy.special.ndtr": from_scipy,
     }
 
 
-def attention_scores() -> Ways:
-    """Q Kᵀ and softmax of two sequences."""
+def attention_core() -> Ways:
+    """Attention of two sequences, forward and backward."""
     rng = np.random.default_rng(0)
-    query, key = (rng.standard_normal((2, 256, 8, 32), np.float32).swapaxes(1, 2) for _ in range(2))
+    shape = (2, 256, 8, 32)
+    query, key, value, dcontext = (
+        rng.standard_normal(shape, np.float32).swapaxes(1, 2) for _ in range(4)
+    )
+    context, out = np.empty_like(query), tuple(np.empty_like(query) for _ in range(3))
 
-    def less_maximum() -> None:
-        weights = query @ key.mT
-        weights -= weights.max(axis=-1, keepdims=True)
-        np.exp(weights, out=weights)
-        weights /= weights @ np.ones((256, 1), np.float32)
+    def fast() -> None:
+        attended = kernels.attend(query, key, value, context, keep=True)
+        kernels.attend_backward(dcontext.copy(), attended, context, out)
+
+    def copied() -> None:
+        heads = query.copy(), key.copy(), value.copy()
+        attended = kernels.attend(*heads, context, keep=True)
+        kernels.attend_backward(dcontext.copy(), attended, context, out)
+
+    def definition() -> None:
+        _, cache = attention.attend(query, key, value)
+        attention.attend_backward(dcontext, cache)
 
     return {
-        "heads where they lie": lambda: attention._softmax(query @ key.mT),
-        "the maximum always subtracted": less_maximum,
-        "heads copied side by side": lambda: attention._softmax(query.copy() @ key.copy().mT),
-        "queries along the last axis of memory": lambda: attention._softmax((key @ query.mT).mT),
+        "no maximum, no division of weights, tiles of 2¹⁸": fast,
+        "all weights at once": lambda: with_setting(kernels, "_TILE", 2**40, fast),
+        "heads copied side by side": copied,
+        "the definition": definition,
     }
 
 
@@ -104,63 +113,71 @@ def embedding_gradient() -> Ways:
     tokens = np.where(rng.random((2, 256)) < 0.5, 0, rng.integers(8192, size=(2, 256)))
     dx = rng.standard_normal((2, 256, 256), np.float32)
 
-    def add_at() -> None:
-        np.add.at(np.zeros_like(params["table"]), tokens, dx)
-
-    def sorted_sums() -> None:
-        table = np.zeros_like(params["table"])
-        order = np.argsort(tokens, axis=None, kind="stable")
-        ids, starts = np.unique(tokens.ravel()[order], return_index=True)
-        table[ids] = np.add.reduceat(dx.reshape(-1, 256)[order], starts, axis=0)
+    def sparse_product() -> None:
+        ids, rows = tokens.ravel(), np.arange(tokens.size + 1)
+        one_hot = csr_array((np.ones(tokens.size, dx.dtype), ids, rows), (tokens.size, 8192))
+        one_hot.T @ dx.reshape(tokens.size, -1)
 
     return {
-        "sparse product": lambda: embedding.backward(params, dx, tokens),
-        "np.add.reduceat after sorting": sorted_sums,
-        "np.add.at": add_at,
+        "np.add.reduceat after sorting": lambda: training._table_gradient(
+            params["table"], tokens, dx
+        ),
+        "sparse product": sparse_product,
+        "np.add.at, the definition": lambda: embedding.backward(params, dx, {"tokens": tokens}),
     }
 
 
 def adam() -> Ways:
     """Step on the parameters of the seed configuration, in two threads."""
     params = SEED.init(np.random.default_rng(0), np.float32)
-    state = optim.init(params)
+    state = marref.optim.init(params)
 
-    def step(piece: int, num_threads: int = 2) -> Callable[[], None]:
-        def run() -> None:
-            default, trees._PIECE = trees._PIECE, piece
-            optim.step(params, params, state, 1e-3, in_place=True, num_threads=num_threads)
-            trees._PIECE = default
-
-        return run
+    def step(num_threads: int = 2, in_place: bool = True) -> None:
+        options = {"num_threads": num_threads, "in_place": in_place}
+        marref.adam_step(params, params, state, 1e-3, **options)
 
     return {
-        "pieces of 2¹⁸ numbers": step(2**18),
-        "pieces of 2¹⁵": step(2**15),
-        "one piece an array": step(2**40),
-        "pieces of 2¹⁸, one thread": step(2**18, 1),
+        "pieces of 2¹⁸ numbers": step,
+        "pieces of 2¹⁵": lambda: with_setting(pieces, "_PIECE", 2**15, step),
+        "one piece an array": lambda: with_setting(pieces, "_PIECE", 2**40, step),
+        "new arrays": lambda: step(in_place=False),
+        "the definition": lambda: marref.optim.step(params, params, state, 1e-3),
     }
+
+
+def decoding(model: marref.MAR, batch: int, num_threads: int) -> Callable[[], object]:
+    """Generate a batch."""
+    params = model.init(np.random.default_rng(0), np.float32)
+    return lambda: marref.iterative_decode(model, params, batch_size=batch, num_threads=num_threads)
 
 
 def logits_at_once() -> Ways:
     """Decode the seed configuration, batch 1, two threads."""
-    params = SEED.init(np.random.default_rng(0), np.float32)
-
-    def decode(count: int, num_threads: int = 2) -> Callable[[], None]:
-        def run() -> None:
-            default, decoding._LOGITS_AT_ONCE = decoding._LOGITS_AT_ONCE, count
-            marref.iterative_decode(SEED, params, num_threads=num_threads)
-            decoding._LOGITS_AT_ONCE = default
-
-        return run
-
+    run = decoding(SEED, 1, 2)
     return {
-        "2²⁰ logits at once": decode(2**20),
-        "2¹⁷ at once": decode(2**17),
-        "all at once": decode(2**40),
+        "2²¹ logits at once": run,
+        "2¹⁷ at once": lambda: with_setting(kernels, "LOGITS_AT_ONCE", 2**17, run),
+        "all at once": lambda: with_setting(kernels, "LOGITS_AT_ONCE", 2**40, run),
     }
 
 
-def training(model: marref.MAR, batch: int, num_threads: int) -> Callable[[], object]:
+def one_sequence() -> Ways:
+    """Decode one sequence with the seed configuration."""
+    alone = decoding(SEED, 1, 1)
+
+    def threaded_blas() -> None:
+        # Without threadpoolctl nothing holds the BLAS to one thread.
+        with parallel._blas_limit(2):
+            with_setting(parallel, "threadpoolctl", None, alone)
+
+    return {
+        "two threads, which share the positions": decoding(SEED, 1, 2),
+        "one thread over a BLAS of two": threaded_blas,
+        "one thread": alone,
+    }
+
+
+def train(model: marref.MAR, batch: int, num_threads: int) -> Callable[[], object]:
     """Loss and gradients of a batch."""
     params = model.init(np.random.default_rng(0), np.float32)
     rng = np.random.default_rng(1)
@@ -171,95 +188,55 @@ def training(model: marref.MAR, batch: int, num_threads: int) -> Callable[[], ob
     )
 
 
-def threads(model: marref.MAR, batch: int) -> Ways:
-    """Train in two threads and in one."""
-    return {"two threads": training(model, batch, 2), "one thread": training(model, batch, 1)}
-
-
-def training_shares() -> Ways:
+def training_slices() -> Ways:
     """Loss and gradients of the seed configuration, batch 8, two threads."""
-    step = training(SEED, 8, 2)
+    run = train(SEED, 8, 2)
 
-    def train(features: int, logits: int = 2**21) -> Callable[[], None]:
-        def run() -> None:
-            defaults = shares._SHARE, shares._LOGITS_AT_ONCE
-            shares._SHARE, shares._LOGITS_AT_ONCE = features, logits
-            step()
-            shares._SHARE, shares._LOGITS_AT_ONCE = defaults
+    def sequences(features: int) -> Callable[[], None]:
+        return lambda: with_setting(training, "_FEATURES_AT_ONCE", features, run)
 
-        return run
+    def logits(count: int) -> Callable[[], None]:
+        return lambda: with_setting(kernels, "LOGITS_AT_ONCE", count, run)
 
     return {
-        "4 sequences, 2²¹ logits at once": train(2**18),
-        "2 sequences": train(2**17),
-        "1 sequence": train(2**16),
-        "4 sequences, 2²⁰ logits at once": train(2**18, 2**20),
-        "4 sequences, all logits at once": train(2**18, 2**40),
-    }
-
-
-def one_sequence() -> Ways:
-    """Decode one sequence with the seed configuration in two threads."""
-    params = SEED.init(np.random.default_rng(0), np.float32)
-
-    def positions_of_block(model, block_params, x, rows, run, num_threads):  # type: ignore
-        """Share the positions alone: every thread computes the keys and values of all."""
-        if rows is ...:
-            rows = np.arange(1)[:, np.newaxis], np.arange(x.shape[1])[np.newaxis]
-        parts = parallel.split(rows[1].shape[1], num_threads)
-
-        def output(part):  # type: ignore
-            return block_forward(model, block_params, x, None, (rows[0], rows[1][:, part]))[0]
-
-        return np.concatenate(run(output, parts), axis=1)
-
-    def decode() -> None:
-        marref.iterative_decode(SEED, params, num_threads=2)
-
-    def decode_by_positions() -> None:
-        default, shares._shared_block = shares._shared_block, positions_of_block
-        decode()
-        shares._shared_block = default
-
-    return {
-        "heads, then positions": decode,
-        "positions, all keys and values in each thread": decode_by_positions,
+        "4 sequences, 2²¹ logits at once": run,
+        "2 sequences": sequences(2**17),
+        "1 sequence": sequences(2**16),
+        "2²⁰ logits at once": logits(2**20),
+        "all logits at once": logits(2**40),
     }
 
 
 def switch_interval() -> Ways:
     """Decode the small configuration, batch 16, in two threads."""
-    params = SMALL.init(np.random.default_rng(0), np.float32)
-
-    def decode() -> None:
-        marref.iterative_decode(SMALL, params, batch_size=16, num_threads=2)
-
-    def decode_with_default() -> None:
-        default, parallel._quick_switches = parallel._quick_switches, contextlib.nullcontext
-        decode()
-        parallel._quick_switches = default
-
-    return {"0.1 ms": decode, "5 ms, Python's": decode_with_default}
+    run = decoding(SMALL, 16, 2)
+    return {
+        "0.1 ms": run,
+        "5 ms, Python's": lambda: with_setting(
+            parallel, "_switches", parallel._Shared(contextlib.nullcontext), run
+        ),
+    }
 
 
-def decoding_shares() -> Ways:
-    """Decode the small configuration, batch 16, in shares of some sequences."""
-    params = SMALL.init(np.random.default_rng(0), np.float32)
-
-    def decode(size: int) -> Callable[[], None]:
-        split = parallel.split
-
-        def smaller(length: int, num_shares: int) -> list[slice]:
-            return split(length, length // size if length == 16 else num_shares)
-
-        def run() -> None:
-            parallel.split = smaller
-            marref.iterative_decode(SMALL, params, batch_size=16, num_threads=2)
-            parallel.split = split
-
-        return run
-
-    return {"8 sequences": decode(8), "4": decode(4), "2": decode(2), "1": decode(1)}
+def number_of_threads() -> None:
+    """Compare two threads with one, for work of several sizes."""
+    for width in (32, 64, 128, 256):
+        model = dataclasses.replace(SMALL, embed_dim=width)
+        for exponent in (13, 14, 15, 16, 17):
+            batch = 2**exponent // (width * model.seq_len)
+            for what, run in (("training", train), ("decoding", decoding)):
+                if batch:
+                    ways = {"one thread": run(model, batch, 1), "two": run(model, batch, 2)}
+                    compare(f"{what}, width {width}, 2^{exponent} features", ways)
+    for exponent in (17, 18, 19, 20):
+        params = {"leaf": np.ones(2**exponent, np.float32)}
+        state = marref.optim.init(params)
+        step = functools.partial(marref.adam_step, params, params, state, 1e-3)
+        ways = {
+            "one thread": functools.partial(step, num_threads=1),
+            "two": functools.partial(step, num_threads=2),
+        }
+        compare(f"Adam, 2^{exponent} parameters", ways)
 
 
 def main() -> None:
@@ -267,21 +244,16 @@ def main() -> None:
     memory.keep_freed()
     print("| what | how | time / marref | milliseconds |")
     print("| --- | --- | ---: | ---: |")
-    with parallel._controller().limit(limits=1, user_api="blas"):
-        compare("slope of GELU", gelu_slope())
-        compare("Φ in float32", gelu_gate())
-        compare("attention weights", attention_scores())
+    with parallel._blas_limit(1):
+        compare("GELU and its slope", activation())
+        compare("attention, forward and backward", attention_core())
         compare("embedding gradient", embedding_gradient())
         compare("Adam", adam())
         compare("logits in decoding", logits_at_once())
-        compare("a thread's share in training, batch 8", training_shares())
-        compare("a thread's share in decoding, small, batch 16", decoding_shares())
-        compare("one sequence in two threads", one_sequence())
+        compare("a thread's slice in training, batch 8", training_slices())
+        compare("one sequence, decoding", one_sequence())
         compare("switch interval of the interpreter", switch_interval())
-        for model in (SMALL, dataclasses.replace(SMALL, embed_dim=32)):
-            for batch in (8, 16, 32):
-                work = f"training, width {model.embed_dim}, {batch * model.seq_len:,} positions"
-                compare(work, threads(model, batch))
+        number_of_threads()
 
 
 if __name__ == "__main__":

@@ -5,9 +5,9 @@
 The case is JSON, the arrays are an .npz file.  Every command is a line on the standard input,
 every answer a line of JSON on the standard output; between them the process sleeps.
 
-    measure     run; answer the seconds of a call
-    check FILE  write to a file what contestants must agree on
-    memory      answer the largest memory so far, beyond that after the imports, in bytes
+    measure       run; answer the seconds of a call
+    check FOLDER  write to FOLDER/CONTESTANT.npz what contestants must agree on
+    memory        answer the largest memory so far, beyond that after the imports, in bytes
 """
 
 import importlib
@@ -48,7 +48,8 @@ def main() -> None:
                 task.run()
             answer = (time.perf_counter() - start) / case.calls
         elif command == "check":
-            np.savez(argument, **(_decoded(task) if case.task == "decoding" else _trained(task)))
+            outcome = _decoded(task) if case.task == "decoding" else _trained(task)
+            np.savez(Path(argument) / f"{name}.npz", **outcome)
             answer = 0
         else:
             answer = memory("VmHWM") - baseline

@@ -1,4 +1,4 @@
-"""marref, as fast as its settings make it and as it is without any; and NumPy's product."""
+"""marref, without settings and as fast as its settings make it; and NumPy's product."""
 
 from collections.abc import Mapping
 
@@ -37,7 +37,7 @@ class Training:
     def __init__(self, case: Case, arrays: Mapping[str, Array], variant: str):
         self.threads: dict[str, int] = {}
         self.in_place: dict[str, bool] = {}
-        if variant == "fast":
+        if variant == "best":
             marref.memory.keep_freed()
             self.threads = {"num_threads": case.num_threads}
             self.in_place = {"in_place": True}
@@ -51,7 +51,7 @@ class Training:
         _, grads = marref.loss_and_grads(
             self.model, self.params, *self.batch, self.rng, **self.threads
         )
-        self.params, self.state = marref.optim.step(
+        self.params, self.state = marref.adam_step(
             self.params, grads, self.state, LEARNING_RATE, **self.in_place, **self.threads
         )
 
@@ -66,7 +66,7 @@ class Decoding:
 
     def __init__(self, case: Case, arrays: Mapping[str, Array], variant: str):
         self.threads: dict[str, int] = {}
-        if variant == "fast":
+        if variant == "best":
             marref.memory.keep_freed()
             self.threads = {"num_threads": case.num_threads}
         self.model, self.params = _build(case, arrays)

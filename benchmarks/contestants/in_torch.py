@@ -7,6 +7,7 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._inductor import config as inductor
 
 from benchmarks.cases import CONFIGS, LEARNING_RATE, MASK_TOKEN, Case
 from benchmarks.contestants import layout
@@ -101,9 +102,13 @@ class MAR(nn.Module):
         """Logits at all positions."""
         return self.head(self.encode(tokens))
 
+    def logits_at_rows(self, tokens: Tensor, rows: Tensor) -> Tensor:
+        """Logits at some positions of the flattened batch."""
+        return self.head(self.encode(tokens).flatten(0, 1)[rows])
+
     def loss_at_rows(self, tokens: Tensor, rows: Tensor, labels: Tensor) -> Tensor:
         """Loss with the head at the masked positions only."""
-        return F.cross_entropy(self.head(self.encode(tokens).flatten(0, 1)[rows]), labels)
+        return F.cross_entropy(self.logits_at_rows(tokens, rows), labels)
 
     def views(self, select: Callable[[nn.Parameter], Tensor]) -> Iterator[tuple[str, Tensor]]:
         """Yield what ``select`` takes from each parameter, in marref's layout and by its names."""
@@ -120,26 +125,36 @@ class MAR(nn.Module):
                 yield f"{owner}.kernel", tensor.T
 
 
+def masked_rows(mask: Tensor) -> Tensor:
+    """Return the indices of the masked positions in the flattened batch."""
+    return mask.flatten().nonzero()[:, 0]
+
+
+def compiled(function: Callable[..., Tensor], variant: str) -> Callable[..., Tensor]:
+    """Compile a function if the variant says so."""
+    if variant == "autotuned":
+        return torch.compile(function, mode="max-autotune-no-cudagraphs")
+    return torch.compile(function) if variant.startswith("compiled") else function
+
+
 class Training:
-    """A step of training, plain, gathered, with fused Adam, or compiled besides."""
+    """A step of training, plain, gathered, with fused Adam, or compiled or autotuned besides."""
 
     def __init__(self, case: Case, arrays: Mapping[str, Array], variant: str):
         self.model = MAR(case, arrays)
         self.optimizer = torch.optim.Adam(
-            self.model.parameters(), lr=LEARNING_RATE, fused=variant in ("fused", "compiled")
+            self.model.parameters(), lr=LEARNING_RATE, fused=variant not in ("plain", "gathered")
         )
         self.tokens, self.targets, self.mask = (
             torch.from_numpy(arrays[name]) for name in ("tokens", "targets", "mask")
         )
         self.gathered = variant != "plain"
-        self.loss_at_rows = self.model.loss_at_rows
-        if variant == "compiled":
-            self.loss_at_rows = torch.compile(self.loss_at_rows)
+        self.loss_at_rows = compiled(self.model.loss_at_rows, variant)
 
     def loss(self) -> Tensor:
         """Cross-entropy over the masked positions."""
         if self.gathered:
-            rows = self.mask.flatten().nonzero()[:, 0]
+            rows = masked_rows(self.mask)
             return self.loss_at_rows(self.tokens, rows, self.targets.flatten()[rows])
         return F.cross_entropy(self.model(self.tokens)[self.mask], self.targets[self.mask])
 
@@ -159,11 +174,15 @@ class Training:
 
 
 class Decoding:
-    """Generate from nothing."""
+    """Generate from nothing, with logits at all positions or at the masked ones."""
 
     def __init__(self, case: Case, arrays: Mapping[str, Array], variant: str):
         model = MAR(case, arrays).eval()
-        self.logits = torch.compile(model) if variant == "compiled" else model
+        self.gathered = variant in ("gathered", "compiled_gathered")
+        self.logits = compiled(model.logits_at_rows if self.gathered else model, variant)
+        # On a CPU, PyTorch tunes products with constant weights only; its manual says to freeze.
+        if variant == "autotuned":
+            inductor.freezing = True
         self.reveal_counts = arrays["reveal_counts"].tolist()
         self.shape = (case.batch, case.seq_len)
 
@@ -172,13 +191,32 @@ class Decoding:
         """Decode once."""
         tokens = torch.full(self.shape, MASK_TOKEN)
         for count in self.reveal_counts:
-            logits = self.logits(tokens)
-            logits[..., MASK_TOKEN] = -torch.inf
-            confidence, predicted = logits.softmax(-1).max(-1)
-            confidence[tokens != MASK_TOKEN] = -1
+            predict = self.predict_masked if self.gathered else self.predict_all
+            confidence, predicted = predict(tokens, tokens == MASK_TOKEN)
             revealed = confidence.topk(count).indices
             tokens.scatter_(1, revealed, predicted.gather(1, revealed))
         return tokens.numpy()
+
+    def predict_all(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Confidence and token at every position; confidence -1 where nothing is masked."""
+        confidence, predicted = most_likely(self.logits(tokens))
+        confidence[~mask] = -1
+        return confidence, predicted
+
+    def predict_masked(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Do the same from logits at the masked positions."""
+        rows = masked_rows(mask)
+        at_rows, predicted_at_rows = most_likely(self.logits(tokens, rows))
+        confidence, predicted = at_rows.new_full(self.shape, -1), tokens.clone()
+        confidence.view(-1)[rows] = at_rows
+        predicted.view(-1)[rows] = predicted_at_rows
+        return confidence, predicted
+
+
+def most_likely(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Largest probability and its id, [MASK] left out."""
+    logits[..., MASK_TOKEN] = -torch.inf
+    return logits.softmax(-1).max(-1)
 
 
 class Product:
