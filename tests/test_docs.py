@@ -1,5 +1,6 @@
 """The documentation: its examples run as printed, and its links lead somewhere."""
 
+import ast
 import doctest
 import importlib
 import re
@@ -13,9 +14,12 @@ DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, ROOT / "README.md"]
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if ">>> " in path.read_text("utf-8"))
 
+LAYERS = sorted((PACKAGE / "layers").glob("[!_]*.py"))
+
 PYTHON_BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FENCED_BLOCK = re.compile(r"^```.*?^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^()\s]+)\)")
+PAGE_OF_MODULE = re.compile(r"Page:\s+(docs/[\w-]+\.md)\.$")
 
 
 def name_of(path):
@@ -46,6 +50,12 @@ def links_of(path):
     targets = LINK.findall(FENCED_BLOCK.sub("", path.read_text("utf-8")))
     relative = (target.split("#")[0] for target in targets if ":" not in target)
     return {(path.parent / target).resolve() for target in relative if target}
+
+
+def page_of(module):
+    """The page that a module's docstring names in its last words, or None."""
+    found = PAGE_OF_MODULE.search(ast.get_docstring(ast.parse(module.read_text("utf-8"))) or "")
+    return found and ROOT / found[1]
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
@@ -79,3 +89,16 @@ def test_the_links_of_a_page_lead_to_files(path):
 def test_the_index_links_every_page():
     index = ROOT / "docs" / "index.md"
     assert set(DOCS) - {index} <= links_of(index)
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in PACKAGE.rglob("*.py") if page_of(path)], ids=name_of
+)
+def test_the_page_that_a_module_names_links_back_to_it(path):
+    assert path in links_of(page_of(path))
+
+
+@pytest.mark.parametrize("path", LAYERS, ids=name_of)
+def test_the_page_of_a_layer_runs_its_backward_and_checks_it(path):
+    assert f"{path.stem}.backward" in page_of(path).read_text("utf-8")
+    assert "check_layer(" in page_of(path).read_text("utf-8")
