@@ -8,7 +8,7 @@ the memory and give threads something to do; the result is that of the whole bat
 import functools
 import math
 import operator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -130,9 +130,10 @@ def _sum_of_slices(
 
     One slice a thread at a time: what the others need takes no memory yet.
     """
-    value: Any = 0.0
+    dtype = work.params["head"]["bias"].dtype
+    value = dtype.type(0)
     sums: list[Tree] = []
-    dx = np.empty((*work.tokens.shape, work.model.embed_dim), work.params["head"]["bias"].dtype)
+    dx = np.empty((*work.tokens.shape, work.model.embed_dim), dtype)
     of_slice = functools.partial(_of_slice, work, dx)
     for first in range(0, len(slices), run.num_threads):
         values, grads = zip(*run(of_slice, slices[first : first + run.num_threads]), strict=True)
@@ -192,7 +193,7 @@ def _head(work: _Work, x: Array, ids: Array) -> tuple[np.inexact, Array, Tree]:
     scale, bias = work.params["final_norm"]["scale"], work.params["final_norm"]["bias"]
     kernel = work.params["head"]["kernel"]
     scale = scale * math.sqrt(len(scale))
-    value: Any = 0.0
+    value = x.dtype.type(0)
     sums: list[Tree] = []
     dx = np.empty_like(x)
     at_once = max(1, kernels.LOGITS_AT_ONCE // work.model.vocab_size)
@@ -227,7 +228,7 @@ def _cross_entropy(logits: Array, ids: Array, num_masked: int) -> tuple[np.inexa
     if not has_digits(logits):
         value, cache = loss.forward(logits, ids, np.ones(len(ids), bool))
         share = len(ids) / num_masked
-        return value * share, loss.backward(cache) * share
+        return logits.dtype.type(value * share), loss.backward(cache) * share
     at_target = np.arange(len(ids)), ids
     np.exp(logits, out=logits)
     of_target = logits[at_target]
@@ -236,7 +237,8 @@ def _cross_entropy(logits: Array, ids: Array, num_masked: int) -> tuple[np.inexa
     factor = 1.0 / (num_masked * (others + of_target))
     logits *= factor[:, np.newaxis]
     logits[at_target] = -others * factor
-    return np.log1p(others / of_target).sum() / num_masked, logits
+    # The dtype said: in a thread NumPy 2.1 turns float32 over an int into float64.
+    return logits.dtype.type(np.log1p(others / of_target).sum() / num_masked), logits
 
 
 def _table_gradient(table: Array, tokens: Array, dx: Array) -> Array:
