@@ -83,8 +83,8 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument("yours", help=".npz or .safetensors file, or a folder of .npy files")
     compare.add_argument(
         "--dtype",
-        choices=("float64", "float32", "float16", "bfloat16"),
-        help="your precision, if your arrays do not say it",
+        help="your precision, if your arrays do not say it: float64, float32, float16, bfloat16, "
+        "or tf32, fp16-mixed, bf16-mixed (in matrix products only)",
     )
     compare.add_argument("--names", help="torch, flax, axon, or a JSON file: your name -> ours")
     compare.add_argument(
@@ -130,10 +130,10 @@ def _compare(arguments: argparse.Namespace) -> int:
 
     path = golden.shipped("tiny") if arguments.golden == "tiny" else arguments.golden
     golden_vectors = comparison.Golden(*files.load(path))
-    arrays, metadata = files.load(arguments.yours)
+    arrays, _ = files.load(arguments.yours)
     if arguments.names:
         arrays = comparison.renamed(arrays, arguments.names)
-    precision = arguments.dtype or metadata.get("precision")
+    precision = arguments.dtype
     report: comparison.Comparison | diagnosis.Diagnosis
     if arguments.diagnose:
         report = diagnosis.diagnose(golden_vectors, arrays, precision)

@@ -165,10 +165,20 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, Any]
 
 
 def _read_npz(content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
-    with np.load(io.BytesIO(content), allow_pickle=False) as archive:
+    loaded = np.load(io.BytesIO(content), allow_pickle=False)
+    if isinstance(loaded, np.ndarray):
+        raise ValueError(
+            "a single .npy array, which has no name; expected .npz, or a folder of .npy"
+        )
+    with loaded as archive:
         if len(set(archive.files)) < len(archive.files):
             raise ValueError("two arrays have the same name")
         arrays = {name: archive[name] for name in archive.files}
+    strange = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+    if strange:
+        raise ValueError(
+            f"{strange[0]} is no array; a PyTorch file is saved with safetensors.torch.save_file"
+        )
     # No array, but an argument: NumPy 2.1 wrote it to the files of whoever gave it.
     arrays.pop("allow_pickle", None)
     encoded = arrays.pop(_METADATA, None)

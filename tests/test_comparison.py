@@ -285,3 +285,11 @@ def test_ten_thousand_mutated_files_never_raise_anything_else(vectors, tmp_path)
             outcomes["refused"] += 1
     assert min(outcomes.values()) > 100, outcomes
     assert not os.path.exists("exploded")
+
+
+def test_tensors_of_frameworks_are_taken_as_they_are(vectors):
+    torch = pytest.importorskip("torch")
+    logits = torch.tensor(vectors.arrays["activations/logits"], requires_grad=True)
+    assert crosscheck(lambda params, tokens: logits, vectors, "float64").agrees
+    narrow = logits.detach().to(torch.bfloat16)
+    assert crosscheck(lambda params, tokens: narrow, vectors, "bfloat16").agrees

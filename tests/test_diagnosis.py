@@ -11,6 +11,7 @@ from marref.verify import golden
 from marref.verify.comparison import Golden, compare
 from marref.verify.diagnosis import diagnose
 from marref.verify.faults import CATALOGUE
+from marref.verify.rounding import MIXED, in_precision, round_to
 
 NORM = "activations/blocks.0.attention_norm"
 QUERY = "activations/blocks.0.attention.query"
@@ -267,3 +268,85 @@ def test_faults_are_undone_after_a_diagnosis(vectors):
     diagnose(vectors, {"activations/logits": before["activations/logits"] + 1.0}, pairs=False)
     after = vectors.compute({"activations/": None})
     assert all((before[name] == after[name]).all() for name in before)
+
+
+# Nobody is accused of what they did not do.
+
+
+def golden_in(vectors, precision, sections=("activations/", "loss", "gradients/")):
+    """What a right program in a precision computes."""
+    params = trees.map_leaves(lambda leaf: in_precision(leaf, precision), vectors.params)
+    names = [name for name in vectors.arrays if name.startswith(sections)]
+    arrays = {}
+    for stage in vectors.stages(dict.fromkeys(names), params):
+        arrays |= stage()
+    return {name: np.array(arrays[name]) for name in names}
+
+
+@pytest.mark.parametrize("size", [2e-4, 5e-4, 2e-3])
+def test_one_wrong_logit_is_no_known_mistake(vectors, size):
+    arrays = golden_in(vectors, "float32")
+    arrays["activations/logits"][0, 1, 2] += np.float32(size)
+    diagnosis = diagnose(vectors, arrays)
+    assert not diagnosis.comparison.agrees
+    assert diagnosis.explanations == ()
+
+
+def test_a_bias_gradient_too_large_in_bfloat16_is_no_known_mistake(vectors):
+    arrays = golden_in(vectors, "bfloat16")
+    arrays["gradients/blocks.0.feed_forward.up.bias"] *= np.float32(1.5)
+    assert diagnose(vectors, arrays, "bfloat16").explanations == ()
+
+
+@pytest.mark.parametrize("seed", range(16))
+def test_a_random_loss_is_no_known_mistake(vectors, seed):
+    factor = np.random.default_rng(seed).uniform(0.3, 3.0)
+    loss = {"loss": np.float32(vectors.arrays["loss"] * factor)}
+    assert diagnose(vectors, loss).explanations == ()
+
+
+def test_two_mistakes_seen_in_logits_only_are_found_together(vectors, run_torch):
+    pair = ("layer-norm-epsilon-1e-6", "gelu-tanh")
+    arrays = run_torch(*pair)
+    logits = {"activations/logits": arrays["activations/logits"]}
+    found = diagnose(vectors, logits).explanations
+    assert found
+    assert {*names_of(found[0])} == {*pair}
+
+
+def test_a_loss_that_went_through_item_is_float32(vectors, run_torch):
+    arrays = run_torch()
+    arrays["loss"] = np.float64(arrays["loss"])
+    assert compare(vectors, arrays).agrees
+
+
+def test_one_bfloat16_array_does_not_excuse_another(vectors, run_torch):
+    arrays = run_torch()
+    name, other = "activations/embedding", "gradients/head.kernel"
+    arrays[name] = round_to(arrays[name], "bfloat16")
+    comparison = compare(vectors, arrays)
+    assert comparison.agrees
+    assert comparison.precision_of(name) == "bfloat16"
+    arrays[other] = arrays[other] * np.float32(1.08)
+    assert [row.name for row in compare(vectors, arrays).differing] == [other]
+
+
+@pytest.mark.parametrize("precision", MIXED)
+def test_rounding_in_products_only_is_said_first(vectors, precision):
+    arrays = golden_in(vectors, precision)
+    assert compare(vectors, arrays, precision).agrees
+    assert not compare(vectors, arrays).agrees
+    diagnosis = diagnose(vectors, arrays)
+    assert diagnosis.explanations == ()
+    assert diagnosis.coarser in MIXED
+    assert "within the rounding of" in diagnosis.as_table()
+
+
+def test_what_is_near_is_said_to_be_no_finding(vectors):
+    arrays = golden_in(vectors, "float32")
+    with CATALOGUE["gelu-tanh"].applied():
+        arrays = golden_in(vectors, "float32", ("activations/", "loss"))
+    arrays["activations/logits"] *= np.float32(1 + 3e-6)
+    diagnosis = diagnose(vectors, arrays)
+    if not diagnosis.explanations:
+        assert "no finding, but near: gelu-tanh" in diagnosis.as_table()

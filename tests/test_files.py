@@ -149,3 +149,16 @@ def test_a_folder_is_not_unpickled_either(tmp_path):
 def test_arrays_of_objects_are_refused_by_name(tmp_path):
     with pytest.raises(TypeError, match="arrays: bad has dtype object"):
         files.save(tmp_path / "x.npz", {"bad": np.array([print], object)}, {})
+
+
+def test_a_lone_npy_file_is_one_clear_error(tmp_path):
+    np.save(tmp_path / "lone.npy", np.ones(3))
+    with pytest.raises(ValueError, match=r"a single .npy array, which has no name"):
+        files.load(tmp_path / "lone.npy")
+
+
+def test_a_file_of_pytorch_is_one_clear_error(tmp_path):
+    torch = pytest.importorskip("torch")
+    torch.save({"weight": torch.ones(3)}, tmp_path / "model.pt")
+    with pytest.raises(ValueError, match=r"is no array; a PyTorch file"):
+        files.load(tmp_path / "model.pt")

@@ -347,3 +347,13 @@ def test_gradients_are_analytic_too(way, case):
         np.testing.assert_allclose(
             leaf.imag / 1e-30, (above[name] - below[name]) / step, rtol=0, atol=1e-6 * largest
         )
+
+
+def test_a_function_that_drops_the_imaginary_part_is_an_error():
+    point, grads = {"x": np.ones(2)}, {"x": np.ones(2)}
+    with pytest.raises(TypeError, match="drops the imaginary part"):
+        check_gradients(lambda moved: float(moved["x"].sum().real), point, grads)
+    errors = check_gradients(
+        lambda moved: float(moved["x"].sum().real), point, grads, method="central"
+    )
+    assert errors["x"] < 1e-9

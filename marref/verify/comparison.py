@@ -16,6 +16,7 @@ import dataclasses
 import json
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,13 @@ from marref import checks, trees
 from marref.model import MAR
 from marref.trees import Array, Tree
 from marref.verify import golden, measure
-from marref.verify.rounding import EPSILON, PRECISIONS, in_precision
+from marref.verify.rounding import (
+    EPSILON,
+    PRECISIONS,
+    PRODUCT_EPSILON,
+    in_precision,
+    round_to,
+)
 
 MULTIPLE = 8.0
 """Budget over error.  See docs/cross-checking.md for its derivation and measurement."""
@@ -76,10 +83,13 @@ class Comparison:
     rows : tuple of Row
     precision : str
         For which the budgets hold.
+    exceptions : dict of str to str
+        The arrays that are in another precision, with that, and have its budgets.
     """
 
     rows: tuple[Row, ...]
     precision: str
+    exceptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def differing(self) -> list[Row]:
@@ -109,15 +119,25 @@ class Comparison:
         if self.first is None:
             undecided = sum(row.verdict == "undecided" for row in self.rows)
             lines.append(
-                f"\nall {len(self.rows)} arrays agree within the rounding of {self.precision}"
+                f"\nall {len(self.rows)} arrays agree within the rounding of {self._rounding}"
                 + (f" ({undecided} undecided: it is too coarse for them)" if undecided else "")
             )
         else:
             lines.append(
                 f"\n{len(self.differing)} of {len(self.rows)} arrays differ by more than the "
-                f"rounding of {self.precision}; the first is {self.first.name}"
+                f"rounding of {self._rounding}; the first is {self.first.name}"
             )
         return "\n".join(lines)
+
+    def precision_of(self, name: str) -> str:
+        """Return the precision that an array's budget holds for."""
+        return self.exceptions.get(name, self.precision)
+
+    @property
+    def _rounding(self) -> str:
+        others = [f"{name} of {one}" for name, one in self.exceptions.items()]
+        shown = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
+        return self.precision + (f" ({shown})" if others else "")
 
     def as_json(self) -> str:
         """Write the same for machines; infinities are null."""
@@ -142,7 +162,12 @@ class Comparison:
             for row in self.rows
         ]
         first = self.first.name if self.first else None
-        return {"precision": self.precision, "first": first, "rows": rows}
+        return {
+            "precision": self.precision,
+            "exceptions": dict(self.exceptions),
+            "first": first,
+            "rows": rows,
+        }
 
     @property
     def agrees(self) -> bool:
@@ -232,8 +257,9 @@ def compare(
     golden_vectors : Golden
     arrays : dict of str to array
         Any subset of the golden arrays, by their names.
-    precision : {"float64", "float32", "float16", "bfloat16"}, optional
-        In which they were computed; by default the widest floating-point dtype among them.
+    precision : {"float64", "float32", "float16", "bfloat16", "tf32", "fp16-mixed", "bf16-mixed"}
+        In which they were computed, see `marref.verify.rounding`; by default that of the numbers of
+        each array, see `precisions_of`.
 
     Returns
     -------
@@ -246,14 +272,17 @@ def compare(
         is nothing to compare.
     """
     golden_vectors.check(arrays)
-    precision = precision or precision_of(arrays)
-    checks.choice("precision", precision, PRECISIONS)
-    allowed = budgets(golden_vectors, arrays, precision)
+    if precision is None:
+        precisions = precisions_of(golden_vectors, arrays)
+    else:
+        checks.choice("precision", precision, PRECISIONS)
+        precisions = dict.fromkeys(arrays, precision)
+    allowed = budgets_by_array(golden_vectors, precisions)
     rows = tuple(
         row_of(name, np.asarray(arrays[name]), golden_vectors.arrays[name], allowed[name])
         for name in golden_vectors.order(arrays)
     )
-    return Comparison(rows, precision)
+    return Comparison(rows, _most_common(precisions), _exceptions(precisions))
 
 
 def row_of(name: str, yours: Array, expected: Array, budget: float) -> Row:
@@ -263,10 +292,71 @@ def row_of(name: str, yours: Array, expected: Array, budget: float) -> Row:
     return Row(name, expected.shape, difference, relative, budget)
 
 
-def precision_of(arrays: Mapping[str, Array]) -> str:
-    """Name the widest floating-point dtype among arrays; float64 if there is none."""
-    found = {np.asarray(array).dtype.name for array in arrays.values()}
-    return next((name for name in PRECISIONS if name in found), "float64")
+def precisions_of(golden_vectors: Golden, arrays: Mapping[str, Array]) -> dict[str, str]:
+    """Tell for every array in which precision its numbers are, whatever holds them.
+
+    A float64 array of float32 numbers is float32, as is what ``.item()`` returned; a float32 array
+    of bfloat16 or float16 numbers is that.  Arrays of fewer than 4 different numbers, and the
+    parameters, which are given and not computed, tell too little: they are taken to be in the most
+    common precision if that holds their numbers.  What follows from the activations (loss,
+    gradients, steps) is no more precise than most of these, whatever holds it.
+    """
+    telling: dict[str, str] = {}
+    for name, array in arrays.items():
+        array = np.asarray(array)
+        given = name.startswith(("params/", "input/"))
+        if array.dtype.kind == "f" and not given and len(np.unique(array)) >= 4:
+            narrowest = _narrowest(array)
+            # Where the right numbers fit into it too, that tells nothing.
+            if narrowest == "float64" or not _holds(golden_vectors.arrays[name], narrowest):
+                telling[name] = narrowest
+    common = _most_common(telling)
+    activations = {name: one for name, one in telling.items() if name.startswith("activations/")}
+    of_inputs = _most_common(activations or telling)
+    precisions = {}
+    for name in golden_vectors.order(arrays):
+        array = np.asarray(arrays[name])
+        own = telling.get(name)
+        if own is None and array.dtype.kind == "f":
+            own = common if _holds(array, common) else array.dtype.name
+        own = own or common
+        follows = not name.startswith("activations/")
+        precisions[name] = max(own, of_inputs, key=EPSILON.__getitem__) if follows else own
+    return precisions
+
+
+def budgets_by_array(golden_vectors: Golden, precisions: Mapping[str, str]) -> dict[str, float]:
+    """Derive `budgets` for arrays in several precisions, by name."""
+    # All arrays are asked for each time, since an error is at least that of what comes before it.
+    of_precision = {
+        one: budgets(golden_vectors, precisions, one) for one in dict.fromkeys(precisions.values())
+    }
+    return {name: of_precision[one][name] for name, one in precisions.items()}
+
+
+def _narrowest(array: Array) -> str:
+    """Name the narrowest precision that holds all numbers of a floating-point array."""
+    narrower = ("bfloat16", "float16", "float32")
+    return next((name for name in narrower if _holds(array, name)), "float64")
+
+
+def _holds(array: Array, precision: str) -> bool:
+    with np.errstate(over="ignore", invalid="ignore"):
+        wide = array.astype(np.float64)
+        narrow = wide.astype(np.float32) if precision != "float64" else wide
+        if precision in ("float16", "bfloat16"):
+            narrow = round_to(narrow, precision)
+    return bool(np.array_equal(narrow.astype(np.float64), wide, equal_nan=True))
+
+
+def _most_common(precisions: Mapping[str, str]) -> str:
+    return Counter(precisions.values()).most_common(1)[0][0] if precisions else "float64"
+
+
+def _exceptions(precisions: Mapping[str, str]) -> dict[str, str]:
+    """Name the arrays that are not in the most common precision."""
+    common = _most_common(precisions)
+    return {name: one for name, one in precisions.items() if one != common}
 
 
 def budgets(golden_vectors: Golden, names: Mapping[str, Any], precision: str) -> dict[str, float]:
@@ -277,7 +367,8 @@ def budgets(golden_vectors: Golden, names: Mapping[str, Any], precision: str) ->
     golden_vectors : Golden
     names : mapping
         Its keys are the arrays asked for.
-    precision : {"float64", "float32", "float16", "bfloat16"}
+    precision : str
+        See `compare`.
 
     Returns
     -------
@@ -287,18 +378,43 @@ def budgets(golden_vectors: Golden, names: Mapping[str, Any], precision: str) ->
         other integers, or where the budget would be twice the largest entry: this precision
         decides nothing there.
     """
-    expected = golden_vectors.compute(names)
+    steps = [name for name in names if name.split("/")[0] in golden.OPTIMISERS]
+    asked = {**names, "gradients/": None} if steps else names
+    expected = golden_vectors.compute(asked)
     errors = dict.fromkeys(expected, 0.0)
     rng = np.random.default_rng(0)
     for run in range(_NUM_RUNS):
         params = _shaken(golden_vectors.params, rng if run > 0 else None, precision)
-        found = _compute_in_precision(golden_vectors, names, params)
+        found = _compute_in_precision(golden_vectors, asked, params)
         for name, array in expected.items():
             error = measure.difference(found[name], array) if name in found else math.inf
             errors[name] = max(errors[name], error)
+    allowed = _smoothed(expected, errors, precision)
+    unsteady = _unsteady(expected, allowed)
+    for name in steps:
+        optimiser, step, leaf = name.split("/", 2)
+        if leaf in unsteady:
+            whole_steps = 2.0 * golden.OPTIMISERS[optimiser]["learning_rate"] * int(step)
+            allowed[name] = max(allowed[name], whole_steps)
+        elif unsteady and int(step) > 1:
+            # Its gradient has been computed beside parameters that may be a step away.
+            allowed[name] *= 2.0
+    return {**dict.fromkeys(names, 0.0), **allowed}
+
+
+def _unsteady(expected: dict[str, Array], allowed: dict[str, float]) -> set[str]:
+    """Name the parameters of which rounding can decide which way an optimiser moves them.
+
+    A gradient of the size of its own rounding, and not exactly 0, becomes a step of full size and
+    of either sign: Adam divides it by its own size.  (That of the key bias is set to 0 before.)
+    """
+    prefix = "gradients/"
     return {
-        **dict.fromkeys(names, 0.0),
-        **_smoothed(expected, errors, precision),
+        name.removeprefix(prefix)
+        for name, gradient in expected.items()
+        if name.startswith(prefix)
+        and not name.endswith("attention.key.bias")
+        and ((gradient != 0) & (np.abs(gradient) <= 2.0 * allowed[name])).any()
     }
 
 
@@ -306,13 +422,15 @@ def _shaken(params: Tree, rng: np.random.Generator | None, precision: str) -> Tr
     """Move every parameter by one unit in its last place, up or down; not without an rng.
 
     In bfloat16 and float16 all but the embedding table: where it nearly cancels the positions
-    that are added to it, a unit of it is no rounding any more, but another input.
+    that are added to it, a unit of it is no rounding any more, but another input.  Where products
+    round their inputs only, kernels move by a unit of these.
     """
-    still = () if precision in ("float64", "float32") else ("embedding.table",)
+    still = ("embedding.table",) if precision in ("float16", "bfloat16") else ()
 
     def move(name: str, leaf: Array) -> Array:
         if rng is not None and name not in still:
-            leaf = leaf * (1.0 + EPSILON[precision] * rng.choice([-1.0, 1.0], leaf.shape))
+            units = PRODUCT_EPSILON if name.endswith("kernel") else EPSILON
+            leaf = leaf * (1.0 + units[precision] * rng.choice([-1.0, 1.0], leaf.shape))
         return in_precision(leaf, precision)
 
     return trees.unflatten({name: move(name, leaf) for name, leaf in trees.flatten(params).items()})
@@ -429,5 +547,14 @@ def crosscheck(
     dtype = np.float64 if precision in (None, "float64") else np.float32
     params = trees.map_leaves(lambda leaf: leaf.astype(dtype), golden_vectors.params)
     result = forward(params, golden_vectors.batch["tokens"].copy())
-    arrays = result if isinstance(result, dict) else {"activations/logits": np.asarray(result)}
-    return compare(golden_vectors, arrays, precision)
+    named = result if isinstance(result, dict) else {"activations/logits": result}
+    return compare(golden_vectors, {name: _array(x) for name, x in named.items()}, precision)
+
+
+def _array(x: Any) -> Array:
+    """Turn a framework's array into one of NumPy's; bfloat16, which that lacks, is widened."""
+    if hasattr(x, "detach"):
+        x = x.detach().cpu()
+    if "bfloat16" in str(getattr(x, "dtype", "")):
+        x = x.float() if hasattr(x, "float") else x.astype(np.float32)
+    return np.asarray(x)

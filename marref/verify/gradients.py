@@ -132,7 +132,14 @@ def _complex_step(
 ) -> float:
     lifted = {key: leaf.astype(np.complex128) for key, leaf in leaves.items()}
     lifted[name].flat[entry] += 1j * _COMPLEX_STEP
-    return float(np.imag(function(trees.unflatten(lifted)))) / _COMPLEX_STEP
+    value = function(trees.unflatten(lifted))
+    if not np.iscomplexobj(value):
+        raise TypeError(
+            f"function: returned {type(value).__name__} for complex numbers, expected a complex "
+            "number: something drops the imaginary part (abs, .real, float); "
+            'method="central" does without'
+        )
+    return float(np.imag(value)) / _COMPLEX_STEP
 
 
 def _central(
