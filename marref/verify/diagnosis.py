@@ -302,11 +302,21 @@ class _Patient(NamedTuple):
         self, candidate: tuple[Fault, ...]
     ) -> tuple[dict[str, Array], dict[str, float]] | None:
         """Compute the arrays under some faults, and the budgets of that faulty model."""
+        computed = self._computed(candidate)
+        if computed is None:
+            return None
+        precisions = {name: self.comparison.precision_of(name) for name in self.arrays}
         with faults.applied(*candidate), np.errstate(all="ignore"):
             try:
-                computed = self.golden_vectors.compute(self.arrays)
-                precisions = {name: self.comparison.precision_of(name) for name in self.arrays}
                 return computed, budgets_by_array(self.golden_vectors, precisions)
+            except (ValueError, FloatingPointError, KeyError):
+                return None
+
+    def _computed(self, candidate: tuple[Fault, ...]) -> dict[str, Array] | None:
+        """Compute the arrays under some faults alone."""
+        with faults.applied(*candidate), np.errstate(all="ignore"):
+            try:
+                return self.golden_vectors.compute(self.arrays)
             except (ValueError, FloatingPointError, KeyError):
                 return None
 
@@ -315,9 +325,9 @@ class _Patient(NamedTuple):
     ) -> bool:
         """Whether each of several faults changes something that the others do not."""
         for fault in together if len(together) > 1 else ():
-            others = self._own(tuple(other for other in together if other is not fault))
+            others = self._computed(tuple(other for other in together if other is not fault))
             if others is not None and not any(
-                _distance(array, others[0][name]) > allowed[name]
+                _distance(array, others[name]) > allowed[name]
                 for name, array in computed.items()
                 if name in self.arrays and math.isfinite(allowed[name])
             ):

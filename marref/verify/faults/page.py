@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 from marref.model import MAR
 from marref.trees import Array, Tree
-from marref.verify import faults, golden
-from marref.verify.comparison import row_of
+from marref.verify import faults, golden, measure
 from marref.verify.faults import CATALOGUE, STAGES, Fault
 
 VISIBLE = 1e-9
@@ -82,7 +81,8 @@ def differences(actual: Mapping[str, Array], expected: Mapping[str, Array]) -> d
     found = {}
     for name, right in expected.items():
         same_shape = actual[name].shape == right.shape
-        size = row_of(name, actual[name], right, 0.0).relative if same_shape else math.inf
+        distance = measure.difference(actual[name], right) if same_shape else math.inf
+        size = measure.relative(distance, measure.largest(right))
         if size > VISIBLE and not re.match(r"gradients/.*\.attention\.key\.bias$", name):
             found[name] = size
     return found
