@@ -187,7 +187,7 @@ def test_a_flax_model_hands_over_every_activation_but_the_context(vectors, run_f
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16"])
 def test_a_correct_flax_model_is_never_accused(vectors, run_flax, precision):
-    diagnosis = diagnose(vectors, run_flax(precision=precision), precision, pairs=False)
+    diagnosis = diagnose(vectors, run_flax(precision=precision), precision, most_together=1)
     assert diagnosis.agrees, diagnosis.comparison.first
     assert diagnosis.comparison.precision == precision
     assert diagnosis.explanations == ()
@@ -195,7 +195,7 @@ def test_a_correct_flax_model_is_never_accused(vectors, run_flax, precision):
 
 @pytest.mark.parametrize("name", FIRST_DIFFERENCE)
 def test_a_mistake_in_flax_is_located_and_named(vectors, run_flax, name):
-    diagnosis = diagnose(vectors, run_flax(name), pairs=False)
+    diagnosis = diagnose(vectors, run_flax(name), most_together=1)
     assert diagnosis.comparison.precision == "float32"
     assert diagnosis.comparison.first.name == FIRST_DIFFERENCE[name]
     assert names_of(diagnosis.explanations[0]) == (name,)

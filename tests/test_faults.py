@@ -51,11 +51,7 @@ OTHER_MODELS = {
     "layer-norm-epsilon-1e-5": {"layer_norm_epsilon": 1e-6},
     "layer-norm-clipped-variance": {"layer_norm_epsilon": 1e-2},
 }
-WITHOUT_ARRAYS = {
-    "decode-ties-to-higher-position",
-    "decode-ties-together",
-    *(fault.name for fault in STAGES["masking"]),
-}
+WITHOUT_ARRAYS = {fault.name for fault in STAGES["masking"]}
 
 
 @functools.cache
@@ -461,7 +457,7 @@ def test_a_fault_that_is_an_option_of_the_model_computes_what_the_option_does(na
 
 SECTIONS = {
     "loss": ("loss",),
-    "gradients": ("gradients/",),
+    "gradients": ("activation_gradients/", "gradients/"),
     "optimiser": ("adam/", "adamw/", "clipped/"),
     "decoding": ("decode/", "schedule/"),
 }

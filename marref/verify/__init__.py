@@ -6,14 +6,16 @@ golden vectors; `compare`, `crosscheck` and `diagnose` hold another implementati
 
 from marref.verify import golden
 from marref.verify.comparison import Comparison, Golden, Row, compare, crosscheck
-from marref.verify.diagnosis import Diagnosis, Explanation, diagnose
+from marref.verify.diagnosis import Diagnosis, diagnose
 from marref.verify.gradients import check_gradients, check_layer
+from marref.verify.search import Explanation, Partial
 
 __all__ = [
     "Comparison",
     "Diagnosis",
     "Explanation",
     "Golden",
+    "Partial",
     "Row",
     "check_gradients",
     "check_layer",

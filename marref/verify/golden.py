@@ -6,15 +6,15 @@
     input/tokens, targets, mask        the batch: [MASK] where masked, the true ids, 1 where masked
     activations/<name>                 the forward pass, see `marref.verify.trace`
     loss                               scalar, nats
-    gradients/<name>                   of the parameters
+    gradients/<name>                   of the parameters, the last layer first, and between them
     activation_gradients/<name>        of the residual stream: logits, blocks.<i>.output, embedding
     adam/<step>/<name>                 parameters after steps 1, 2 and 10 on this batch
     adamw/<step>/<name>                the same with decoupled weight decay
     clipped/<step>/<name>              the same as adam, with the gradients clipped
-    decode/<setting>/tokens            the result of the decoder, and what it started from:
-    decode/<setting>/start
-    decode/<setting>/steps/<name>      tokens, mask and confidence after every step
     schedule/<name>/<masked>/<steps>   reveal counts
+    decode/<setting>/start             what the decoder starts from,
+    decode/<setting>/steps/<name>      confidence, tokens and mask after every step,
+    decode/<setting>/tokens            and its result
 
 Parameters are drawn so that nothing hides: biases are not 0, scales not 1, activations of order
 one, and one token nearly cancels the position that it stands at, so that the variance there is
@@ -65,8 +65,13 @@ DECODINGS: dict[str, dict[str, Any]] = {
     "hot": {"num_steps": 3, "temperature": 2.0},
     "known": {"num_steps": 3},
     "plain": {"num_steps": 3, "exclude_mask_token": False},
+    "ties": {"num_steps": 3},
+    "ties-plain": {"num_steps": 3, "exclude_mask_token": False},
 }
-"""Arguments of `marref.iterative_decode`; "known" starts from tokens, the others from [MASK]."""
+"""Arguments of `marref.iterative_decode`; "known" starts from tokens, the others from [MASK].
+
+In "ties" and "ties-plain" every position has the same logits, see `_saturated`.
+"""
 
 CONVENTIONS = {
     "layout": "row-major; kernels are [in, out], y = x kernel + bias",
@@ -74,9 +79,12 @@ CONVENTIONS = {
     "mask": "1 where a position is masked; id 0 is [MASK]",
     "loss": "mean over all masked positions of the batch, in nats",
     "key bias": "its gradient, which is 0, is set to 0 before every optimiser step",
+    "ties": "decode/ties and ties-plain: the head's kernel is 0, its bias 0, 200 at id 1 and 400 "
+    "at [MASK]",
 }
 
-COUNTS = tuple((masked, steps) for masked in (5, 16, 64, 256) for steps in (1, 3, 8, 12))
+# In (10, 4) the linear schedule comes to halves.
+COUNTS = (*((masked, steps) for masked in (5, 16, 64, 256) for steps in (1, 3, 8, 12)), (10, 4))
 
 BATCH = 4
 
@@ -144,14 +152,25 @@ def compute(model: MAR, params: Tree, batch: dict[str, Array]) -> dict[str, Arra
 
 
 def stages(
-    model: MAR, params: Tree, batch: dict[str, Array]
-) -> dict[str, Callable[[], dict[str, Array]]]:
+    model: MAR,
+    params: Tree,
+    batch: dict[str, Array],
+    nudge: Callable[[Tree], Tree] = lambda grads: grads,
+) -> dict[str | tuple[str, ...], Callable[[], dict[str, Array]]]:
     """Split `compute` into stages, each to be run only if something of it is asked for.
+
+    Parameters
+    ----------
+    model, params, batch
+        As `compute` has them.
+    nudge : callable
+        What is done to the gradients before every step of an optimiser.
 
     Returns
     -------
-    dict of str to callable
-        By the prefix of the names that the stage computes, in the order of computation.
+    dict of str, or tuple of str, to callable
+        By the prefix, or prefixes, of the names that the stage computes, in the order of
+        computation.
     """
 
     @functools.cache
@@ -161,17 +180,16 @@ def stages(
     return {
         "activations/": lambda: _forward(model, params, batch),
         "loss": lambda: {"loss": np.asarray(gradients()[0])},
-        "gradients/": lambda: _named("gradients", gradients()[1]),
-        "activation_gradients/": lambda: gradients()[2],
+        ("gradients/", "activation_gradients/"): lambda: gradients()[2],
         **{
-            f"{name}/": functools.partial(_optimise, model, params, batch, name, options)
+            f"{name}/": functools.partial(_optimise, model, params, batch, nudge, name, options)
             for name, options in OPTIMISERS.items()
         },
+        "schedule/": _schedules,
         **{
             f"decode/{name}/": functools.partial(_decode, model, params, batch, name, options)
             for name, options in DECODINGS.items()
         },
-        "schedule/": _schedules,
     }
 
 
@@ -247,17 +265,25 @@ def _forward(model: MAR, params: Tree, batch: dict[str, Array]) -> dict[str, Arr
 def _gradients(
     model: MAR, params: Tree, batch: dict[str, Array]
 ) -> tuple[np.inexact, Tree, dict[str, Array]]:
-    """Loss, gradients, and the gradients of the residual stream, last first."""
+    """Loss, gradients, and these by name with those of the residual stream, last layer first."""
     logits, cache = model.forward(params, batch["tokens"])
     value, loss_cache = loss.forward(logits, batch["targets"], batch["mask"])
-    residual = {"logits": loss.backward(loss_cache)}
-    grads = model.backward(params, residual["logits"], cache)
-    dx, _ = head_backward(params, residual["logits"], cache)
+    dlogits = loss.backward(loss_cache)
+    grads = model.backward(params, dlogits, cache)
+    leaves = dict(reversed(trees.flatten(grads).items()))
+
+    def after(activation: str, dx: Array, *parts: str) -> dict[str, Array]:
+        of_parts = {name: leaf for name, leaf in leaves.items() if name.startswith(parts)}
+        named = {f"gradients/{name}": leaf for name, leaf in of_parts.items()}
+        return {f"activation_gradients/{activation}": dx, **named}
+
+    arrays = after("logits", dlogits, "head.", "final_norm.")
+    dx, _ = head_backward(params, dlogits, cache)
     for index in reversed(range(model.num_layers)):
-        residual[f"blocks.{index}.output"] = dx
+        arrays |= after(f"blocks.{index}.output", dx, f"blocks.{index}.")
         dx, _ = block.backward(params["blocks"][index], dx, cache["blocks"][index])
-    residual["embedding"] = dropout.backward(dx, cache["embedding_dropout"])
-    return value, grads, {f"activation_gradients/{name}": dx for name, dx in residual.items()}
+    dx = dropout.backward(dx, cache["embedding_dropout"])
+    return value, grads, arrays | after("embedding", dx, "embedding.")
 
 
 def _schedules() -> dict[str, Array]:
@@ -269,14 +295,19 @@ def _schedules() -> dict[str, Array]:
 
 
 def _optimise(
-    model: MAR, params: Tree, batch: dict[str, Array], name: str, options: dict[str, Any]
+    model: MAR,
+    params: Tree,
+    batch: dict[str, Array],
+    nudge: Callable[[Tree], Tree],
+    name: str,
+    options: dict[str, Any],
 ) -> dict[str, Array]:
     arrays: dict[str, Array] = {}
     state = optim.init(params)
     options = dict(options)
     max_norm = options.pop("max_norm", None)
     for step in range(1, max(OPTIMISER_STEPS) + 1):
-        _, grads, _ = _gradients(model, params, batch)
+        grads = nudge(_gradients(model, params, batch)[1])
         for block_grads in grads["blocks"]:
             # Its true gradient is 0: Adam would turn the rounding noise into steps.
             bias = block_grads["attention"]["key"]["bias"]
@@ -292,12 +323,25 @@ def _optimise(
 def _decode(
     model: MAR, params: Tree, batch: dict[str, Array], name: str, options: dict[str, Any]
 ) -> dict[str, Array]:
-    known = batch["tokens"][:2] if name == "known" else np.zeros((1, model.seq_len), np.int64)
+    start = batch["tokens"][:2] if name == "known" else np.zeros((1, model.seq_len), np.int64)
+    if name.startswith("ties"):
+        params = {**params, "head": _saturated(params["head"])}
     tokens, steps = decoding.iterative_decode(
-        model, params, tokens=known, return_steps=True, **options
+        model, params, tokens=start, return_steps=True, **options
     )
     return {
-        f"decode/{name}/start": known,
+        f"decode/{name}/start": start,
+        **{f"decode/{name}/steps/{key}": steps[key] for key in ("confidence", "tokens", "mask")},
         f"decode/{name}/tokens": tokens,
-        **{f"decode/{name}/steps/{key}": array for key, array in steps.items()},
     }
+
+
+def _saturated(head: Tree) -> Tree:
+    """Give every position the same logits, 200 apart: confidences are exactly 1 in any precision.
+
+    Id 1 is predicted, or [MASK] where it may be.  All the decoder has to go by is the order of
+    positions.
+    """
+    bias = np.zeros_like(head["bias"])
+    bias[:2] = 400.0, 200.0
+    return {"kernel": np.zeros_like(head["kernel"]), "bias": bias}

@@ -101,7 +101,7 @@ class Rounded(np.ndarray[Any, Any]):
         if method == "at":
             target = inputs[0]
             if not mixed:
-                target[...] = round_to(_plain(target), target.precision)
+                target[...] = round_to(_plain(target), self.precision)
             return None
         if not isinstance(result, np.ndarray | np.generic) or result.dtype.kind != "f":
             return result

@@ -1,0 +1,393 @@
+"""The search for faults with which marref computes given arrays.
+
+`Search.explanations` tries every fault of the catalogue, then sets of two and of three.  A set
+grows from one that explains more of the arrays, in the order of computation, than without its last
+fault; or from several that change the same array, which none of them explains alone.
+"""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias, TypeVar
+
+import numpy as np
+
+from marref.trees import Array
+from marref.verify import faults, golden, measure
+from marref.verify.comparison import Comparison, Golden, Row, budgets_by_array, row_of
+from marref.verify.faults import CATALOGUE, STAGES, Fault
+from marref.verify.rounding import EPSILON
+
+_T = TypeVar("_T")
+
+Together: TypeAlias = tuple[Fault, ...]
+Progress: TypeAlias = Callable[[str, int, int], None]
+"""Called with what is tried, how many of these have been, and how many there are."""
+
+_NEAR = 8.0
+"""Within so many budgets of the right model, those of the faulty model are worked out."""
+_SAME = 1e-9
+"""Arrays that differ by less, relative to the largest entry, are the same in float64."""
+_WIDTH = 12
+"""So many sets of faults, those that explain most, are tried with one more."""
+_THIN = 4
+"""Fewer numbers than this that differ could fit two faults of anything by chance."""
+
+_SETS = {1: "single mistakes", 2: "pairs", 3: "sets of three"}
+
+_AFTER_LOSS = ("gradients/", *(f"{name}/" for name in golden.OPTIMISERS))
+_SECTIONS = {
+    "loss": ("loss", *_AFTER_LOSS),
+    "gradients": _AFTER_LOSS,
+    "optimiser": _AFTER_LOSS[1:],
+    "decoding": ("schedule/", "decode/"),
+    "masking": (),
+}
+"""The sections that the faults of a stage can change; those of other stages can change any."""
+
+_STAGES = {"loss": ("loss",), "schedule": ("decoding",), "decode": ("decoding",)}
+"""Where a section's faults are; of other sections, anywhere."""
+_STAGE_OF = {fault: stage for stage, of_stage in STAGES.items() for fault in of_stage}
+
+
+@dataclasses.dataclass(frozen=True)
+class Explanation:
+    """A fault, or several together, with which marref computes your numbers.
+
+    Parameters
+    ----------
+    faults : tuple of Fault
+    ratio : float
+        The largest difference over its budget, over all arrays; below 1 is within budget.
+    same : tuple of tuples of Fault
+        Others that compute the same, in the arrays that were given.
+    decides : str or None
+        An array that was not given, in which the first of these differs.
+    """
+
+    faults: Together
+    ratio: float
+    same: tuple[Together, ...] = ()
+    decides: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Partial:
+    """Faults with which marref computes your numbers up to some array, and no further.
+
+    Parameters
+    ----------
+    faults : tuple of Fault
+    same : tuple of tuples of Fault
+        Others that come as far.
+    vectors : Golden
+        What marref computes with the faults.
+    left : Comparison
+        Of your arrays with these; `Comparison.first` is the first that the faults leave over.
+    """
+
+    faults: Together
+    same: tuple[Together, ...]
+    vectors: Golden
+    left: Comparison
+
+
+class _Result(NamedTuple):
+    """How far marref with some faults comes to the given arrays.
+
+    ``reach`` counts the arrays explained before the first that is not; ``changes`` says whether
+    the faults change that one at all; ``starts`` whether they change the first array that differs;
+    ``ratio`` is the largest difference over its budget.
+    """
+
+    faults: Together
+    reach: int
+    changes: bool
+    starts: bool
+    ratio: float
+
+    @property
+    def near(self) -> bool:
+        return self.starts and self.ratio <= _NEAR
+
+
+class _Judged(NamedTuple):
+    """What marref computes with some faults, and the given arrays compared with that."""
+
+    faults: Together
+    computed: dict[str, Array]
+    left: Comparison
+
+    @property
+    def ratio(self) -> float:
+        ratios = [
+            np.nan_to_num(row.difference, nan=math.inf) / max(row.budget, np.finfo(np.float64).tiny)
+            for row in self.left.rows
+            if math.isfinite(row.budget)
+        ]
+        return max(ratios, default=0.0)
+
+
+class Search:
+    """The arrays to be explained, and what has been tried.
+
+    Parameters
+    ----------
+    golden_vectors : Golden
+    arrays : dict of str to array
+    comparison : Comparison
+        Of these, in which something differs.
+    progress : callable
+        See `Progress`.
+    """
+
+    def __init__(
+        self,
+        golden_vectors: Golden,
+        arrays: Mapping[str, Array],
+        comparison: Comparison,
+        progress: Progress,
+    ) -> None:
+        self.golden_vectors = golden_vectors
+        self.arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        self.comparison = comparison
+        self.progress = progress
+        self.stages = golden_vectors.stages(arrays)
+        self.pristine: dict[Any, dict[str, Array]] = {}
+        self.tried: dict[frozenset[Fault], _Result] = {}
+
+    @property
+    def thin(self) -> bool:
+        """Whether what differs are integers, or so few numbers that much would fit by chance."""
+        differing = [self.arrays[row.name] for row in self.comparison.differing]
+        return sum(array.size for array in differing if array.dtype.kind == "f") < _THIN
+
+    def explanations(self, most_together: int) -> list[Explanation]:
+        """Find what explains all arrays, with as few faults as possible; best first."""
+        self._examine(())
+        for size in range(1, most_together + 1):
+            sets = self._sets(size)
+            results = []
+            for done, together in enumerate(sets):
+                self.progress(_SETS[size], done, len(sets))
+                results.append(self._examine(together))
+            found = self._confirmed([result for result in results if result.near])
+            if found:
+                return found
+        return []
+
+    def near(self) -> list[Explanation]:
+        """List what came near all arrays, and not within budget; best first."""
+        near = [result for result in self.tried.values() if result.near]
+        near.sort(key=lambda result: result.ratio)
+        return [Explanation(result.faults, result.ratio) for result in near]
+
+    def partial(self) -> Partial | None:
+        """Find what explains the arrays up to the furthest, if anything explains the first."""
+        gaining = [
+            result for result in self.tried.values() if result.starts and self._gains(result)
+        ]
+        gaining.sort(key=lambda result: (-result.reach, len(result.faults)))
+        by_reach: dict[int, list[_Judged]] = {}
+        for result in gaining[:_WIDTH]:
+            judged = self._judged(result.faults)
+            explained = [] if judged is None else self._explained(judged)
+            if judged is not None and self._telling(explained) and self._needed(judged, explained):
+                by_reach.setdefault(len(explained), []).append(judged)
+        if not by_reach:
+            return None
+        best, *others = by_reach[max(by_reach)]
+        arrays = {**self.golden_vectors.arrays, **best.computed}
+        vectors = Golden(arrays, self.golden_vectors.metadata)
+        return Partial(best.faults, tuple(other.faults for other in others), vectors, best.left)
+
+    def _candidates(self) -> list[Fault]:
+        """List the faults to try; where the evidence is thin, those of the section itself."""
+        first = self.comparison.first
+        if not self.thin or first is None:
+            return list(CATALOGUE.values())
+        stages = _STAGES.get(first.name.split("/")[0], tuple(STAGES))
+        return [fault for stage in stages for fault in STAGES[stage]]
+
+    def _sets(self, size: int) -> list[Together]:
+        """Choose the sets of so many faults to try; see the head of this module."""
+        candidates = self._candidates()
+        sets: list[Together] = [
+            (*base.faults, fault) for base in self._helping(size - 1) for fault in candidates
+        ]
+        for base in self._helping(size - 2) if size > 1 else ():
+            changing = [fault for fault in candidates if self._changes_next(base, fault)]
+            sets += [(*base.faults, *pair) for pair in itertools.combinations(changing, 2)]
+        unique = {frozenset(together): together for together in sets}
+        return [
+            together
+            for key, together in unique.items()
+            if len(key) == size and faults.compatible(*together)
+        ]
+
+    def _helping(self, size: int) -> list[_Result]:
+        """List the sets of so many faults that explain more than with one fewer, best first."""
+        of_size = [result for result in self.tried.values() if len(result.faults) == size]
+        helping = [result for result in of_size if self._gains(result)]
+        return sorted(helping, key=lambda result: -result.reach)[:_WIDTH]
+
+    def _gains(self, result: _Result) -> bool:
+        """Whether a set of faults explains more than each of the smaller sets that were tried."""
+        smaller = [frozenset(result.faults) - {fault} for fault in result.faults]
+        return all(self.tried[key].reach < result.reach for key in smaller if key in self.tried)
+
+    def _changes_next(self, base: _Result, fault: Fault) -> bool:
+        """Whether a fault changes the first array that a set leaves over, without explaining it."""
+        result = self.tried.get(frozenset((*base.faults, fault)))
+        return result is not None and result.changes and result.reach == base.reach
+
+    def _examine(self, together: Together) -> _Result:
+        """Compare with marref under some faults, up to the first array that is far off."""
+        result = self.tried[frozenset(together)] = self._examined(together)
+        return result
+
+    def _examined(self, together: Together) -> _Result:
+        rows = {row.name: row for row in self.comparison.rows}
+        worst, reach, starts = 0.0, 0, False
+        # Stages share what they compute; under faults that is another.
+        stages = self.golden_vectors.stages(self.arrays)
+        for key, stage in stages.items():
+            if any(_can_change(fault, key) for fault in together):
+                computed = _under(together, stage)
+            else:
+                if key not in self.pristine:
+                    self.pristine[key] = self.stages[key]()
+                computed = self.pristine[key]
+            if computed is None:
+                return _Result(together, reach, True, starts, math.inf)
+            for name, array in computed.items():
+                if name not in rows or not math.isfinite(rows[name].budget):
+                    continue
+                if array.shape != self.arrays[name].shape:
+                    return _Result(together, reach, True, starts, math.inf)
+                budget = max(rows[name].budget, np.finfo(np.float64).tiny)
+                change = measure.difference(array, self.golden_vectors.arrays[name])
+                starts |= rows[name] is self.comparison.first and change > budget
+                worst = max(worst, _distance(self.arrays[name], array) / budget)
+                if worst > _NEAR:
+                    return _Result(together, reach, change > budget, starts, worst)
+                reach += 1
+        return _Result(together, reach, False, starts, worst)
+
+    def _judged(self, together: Together) -> _Judged | None:
+        """Compare with marref under some faults, within budgets of that faulty model."""
+        computed = self._compute(together, self.arrays)
+        names = [row.name for row in self.comparison.rows]
+        precisions = {name: self.comparison.precision_of(name) for name in names}
+        allowed = _under(together, lambda: budgets_by_array(self.golden_vectors, precisions))
+        if computed is None or allowed is None:
+            return None
+        expected = {**self.golden_vectors.arrays, **computed}
+        rows = []
+        for row in self.comparison.rows:
+            # Coarse as a budget may be: no explanation moves marref away from what was right.
+            budget = allowed[row.name]
+            if math.isfinite(budget):
+                budget = min(budget, max(2.0 * row.difference, budget / 4.0))
+            rows.append(_row(row.name, self.arrays[row.name], expected[row.name], budget))
+        return _Judged(together, computed, dataclasses.replace(self.comparison, rows=tuple(rows)))
+
+    def _compute(self, together: Together, names: Mapping[str, Any]) -> dict[str, Array] | None:
+        return _under(together, lambda: self.golden_vectors.compute(names))
+
+    def _confirmed(self, results: list[_Result]) -> list[Explanation]:
+        """Keep what explains the arrays within budgets of its own, and name what is the same."""
+        judged = [self._judged(result.faults) for result in results]
+        names = [row.name for row in self.comparison.rows]
+        kept = [one for one in judged if one and one.left.agrees and self._needed(one, names)]
+        kept.sort(key=lambda one: one.ratio)
+        found = []
+        for one in kept:
+            same = [other for other in kept if other is not one and self._same(one, other)]
+            decides = self._deciding(one, same)
+            found.append(Explanation(one.faults, one.ratio, tuple(x.faults for x in same), decides))
+        return found
+
+    def _explained(self, judged: _Judged) -> list[str]:
+        """List the arrays before the first that is left over."""
+        names = [row.name for row in judged.left.rows]
+        return names if judged.left.first is None else names[: names.index(judged.left.first.name)]
+
+    def _telling(self, explained: list[str]) -> bool:
+        """Whether enough numbers that differ from the right ones have been explained."""
+        differing = {row.name for row in self.comparison.differing}
+        arrays = [self.arrays[name] for name in explained if name in differing]
+        return sum(array.size for array in arrays if array.dtype.kind == "f") >= _THIN
+
+    def _needed(self, judged: _Judged, names: list[str]) -> bool:
+        """Whether each of several faults changes something that the others do not."""
+        allowed = {row.name: row.budget for row in judged.left.rows}
+        for fault in judged.faults if len(judged.faults) > 1 else ():
+            rest = tuple(other for other in judged.faults if other is not fault)
+            others = self._compute(rest, self.arrays)
+            if others is not None and not any(
+                _distance(judged.computed[name], others[name]) > allowed[name]
+                for name in names
+                if name in judged.computed and math.isfinite(allowed[name])
+            ):
+                return False
+        return True
+
+    def _same(self, one: _Judged, other: _Judged) -> bool:
+        return all(
+            _same(one.computed[name], other.computed[name])
+            for name in self.arrays
+            if name in one.computed
+        )
+
+    def _deciding(self, one: _Judged, same: list[_Judged]) -> str | None:
+        """Name an array that was not given and tells faults apart that compute the same ones."""
+        if not same:
+            return None
+        everything = self.golden_vectors.arrays
+        alternatives = [self._compute(each.faults, everything) for each in (one, *same)]
+        mine, *others = (arrays for arrays in alternatives if arrays is not None)
+        for name in self.golden_vectors.order(mine):
+            size = 1e3 * EPSILON[self.comparison.precision] * measure.largest(mine[name])
+            if any(_distance(mine[name], arrays[name]) > size for arrays in others):
+                return name
+        return None
+
+
+def _under(together: Together, compute: Callable[[], _T]) -> _T | None:
+    """Compute something under some faults; None where it cannot be computed."""
+    with faults.applied(*together), np.errstate(all="ignore"):
+        try:
+            return compute()
+        except (ValueError, FloatingPointError, KeyError):
+            # Not finite; or, of two faults, one leaves out what the other looks for.
+            return None
+
+
+def _can_change(fault: Fault, stage: str | tuple[str, ...]) -> bool:
+    """Whether a fault can change what a stage of `golden.stages` computes."""
+    sections = _SECTIONS.get(_STAGE_OF[fault])
+    prefixes = (stage,) if isinstance(stage, str) else stage
+    return sections is None or any(prefix.startswith(sections) for prefix in prefixes)
+
+
+def _row(name: str, yours: Array, expected: Array, budget: float) -> Row:
+    """Compare as `comparison.row_of`, but that NaN is no difference to NaN."""
+    if yours.shape != expected.shape:
+        return Row(name, yours.shape, math.inf, math.inf, budget)
+    return row_of(name, *_without_common_nan(yours, expected), budget)
+
+
+def _distance(actual: Array, expected: Array) -> float:
+    """Return the largest difference; NaN is no difference to NaN."""
+    return measure.difference(*_without_common_nan(actual, expected))
+
+
+def _without_common_nan(one: Array, other: Array) -> tuple[Array, Array]:
+    both = np.isnan(one) & np.isnan(other)
+    return np.where(both, 0.0, one), np.where(both, 0.0, other)
+
+
+def _same(actual: Array, expected: Array) -> bool:
+    return _distance(actual, expected) <= _SAME * measure.largest(np.nan_to_num(expected))
