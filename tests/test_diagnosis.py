@@ -10,8 +10,9 @@ from marref import files, trees
 from marref.verify import golden
 from marref.verify.comparison import Golden, compare
 from marref.verify.diagnosis import diagnose
-from marref.verify.faults import CATALOGUE
+from marref.verify.faults import CATALOGUE, STAGES
 from marref.verify.rounding import MIXED, in_precision, round_to
+from marref.verify.search import can_change
 
 NORM = "activations/blocks.0.attention_norm"
 QUERY = "activations/blocks.0.attention.query"
@@ -346,10 +347,97 @@ def test_rounding_in_products_only_is_said_first(vectors, precision):
 
 
 def test_what_is_near_is_said_to_be_no_finding(vectors):
+    arrays = golden_in(vectors, "float32", ("activations/logits",))
+    budget = compare(vectors, arrays).rows[0].budget
+    with CATALOGUE["positions-missing"].applied():
+        arrays = golden_in(vectors, "float32", ("activations/logits",))
+    arrays["activations/logits"][0, 1, 2] += np.float32(3 * budget)
+    diagnosis = diagnose(vectors, arrays, most_together=1)
+    assert diagnosis.explanations == ()
+    assert "no finding, but near: positions-missing" in diagnosis.as_table()
+
+
+def test_a_mistake_within_a_coarse_precision_is_not_called_that_precision(vectors):
     arrays = golden_in(vectors, "float32")
+    arrays["activations/logits"] = arrays["activations/logits"] * np.float32(1.02)
+    assert compare(vectors, arrays, "bf16-mixed").agrees
+    assert diagnose(vectors, arrays, most_together=1).coarser is None
+
+
+def test_coarse_budgets_let_no_explanation_move_what_was_right(vectors):
+    """In bfloat16 the budget of this loss is a third of it: less than bits for nats make of it."""
+    arrays = golden_in(vectors, "bfloat16", ("loss", "gradients/"))
+    arrays |= {name: 1.44 * a for name, a in arrays.items() if name.startswith("gradients/")}
+    assert diagnose(vectors, arrays, "bfloat16", most_together=1).explanations == ()
+
+
+# Several mistakes, and what is left of them.
+
+TRIPLES = [
+    ("layer-norm-epsilon-1e-6", "gelu-tanh", "loss-averaged-by-sequence"),
+    ("positions-interleaved", "gelu-silu", "final-norm-missing"),
+]
+
+
+@pytest.mark.parametrize("sections", [("activations/", "loss"), ("activations/logits", "loss")])
+@pytest.mark.parametrize("triple", TRIPLES, ids=" + ".join)
+def test_three_mistakes_are_named_together(vectors, run_torch, triple, sections):
+    arrays = {n: a for n, a in run_torch(*triple).items() if n.startswith(sections)}
+    found = diagnose(vectors, arrays).explanations
+    assert [{*names_of(one)} for one in found] == [{*triple}]
+
+
+def test_what_an_explanation_leaves_over_is_said(vectors):
+    arrays = golden_in(vectors, "float32", ("activations/",))
     with CATALOGUE["gelu-tanh"].applied():
-        arrays = golden_in(vectors, "float32", ("activations/", "loss"))
-    arrays["activations/logits"] *= np.float32(1 + 3e-6)
+        arrays = golden_in(vectors, "float32", ("activations/",))
+    arrays["activations/logits"] = arrays["activations/logits"] * np.float32(1.1)
     diagnosis = diagnose(vectors, arrays)
-    if not diagnosis.explanations:
-        assert "no finding, but near: gelu-tanh" in diagnosis.as_table()
+    assert diagnosis.explanations == ()
+    assert [fault.name for fault in diagnosis.partial.faults] == ["gelu-tanh"]
+    assert diagnosis.partial.left.first.name == "activations/logits"
+    assert "up to activations/final_norm" in diagnosis.as_table()
+    assert "the first left over is activations/logits" in diagnosis.as_table()
+
+
+def test_an_array_is_named_that_tells_explanations_apart(vectors):
+    with CATALOGUE["attention-query-and-key-swapped"].applied():
+        logits = vectors.model(vectors.params, vectors.batch["tokens"])
+    diagnosis = diagnose(vectors, {"activations/logits": logits}, most_together=1)
+    assert {found.decides for found in diagnosis.explanations} == {QUERY}
+    assert f"{QUERY} would tell them apart" in diagnosis.as_table()
+
+
+@pytest.mark.parametrize("name", ["embedding-times-root-embed-dim", "decode-least-confident-first"])
+def test_decoded_tokens_alone_accuse_nothing_but_the_decoder(vectors, name):
+    with CATALOGUE[name].applied():
+        arrays = vectors.compute({n: None for n in vectors.arrays if n.startswith("decode/")})
+    tokens = {n: a for n, a in arrays.items() if n.endswith("tokens")}
+    diagnosis = diagnose(vectors, tokens)
+    assert not diagnosis.comparison.agrees
+    named = {fault.name for found in diagnosis.explanations for fault in found.faults}
+    assert named <= {fault.name for fault in STAGES["decoding"]}
+    assert diagnosis.thin
+    assert "the evidence is thin" in diagnosis.as_table()
+
+
+def test_what_is_tried_is_reported(vectors):
+    calls = []
+    logits = {"activations/logits": vectors.arrays["activations/logits"] + 1.0}
+    diagnose(vectors, logits, progress=lambda *call: calls.append(call))
+    assert calls[0] == ("single mistakes", 0, len(CATALOGUE))
+    assert {what for what, _, _ in calls} >= {"single mistakes", "pairs"}
+    assert all(done < total for _, done, total in calls)
+
+
+def test_faults_change_no_section_but_those_of_their_stage(vectors):
+    """The search takes what a fault cannot change from the right model."""
+    sections = ("activations/", "loss", "gradients/", "schedule/", "decode/")
+    names = dict.fromkeys(name for name in vectors.arrays if name.startswith(sections))
+    for stage in ("loss", "gradients", "optimiser", "decoding"):
+        for fault in STAGES[stage]:
+            with fault.applied(), np.errstate(all="ignore"):
+                computed = vectors.compute(names)
+            changed = {n for n, a in computed.items() if not np.array_equal(a, vectors.arrays[n])}
+            untouched = [n for n in vectors.stages(names) if not can_change(fault, n)]
+            assert not [n for n in changed for prefix in untouched if n.startswith(prefix)], fault

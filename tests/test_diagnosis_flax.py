@@ -203,7 +203,7 @@ def test_a_mistake_in_flax_is_located_and_named(vectors, run_flax, name):
 
 
 def test_both_defaults_of_flax_are_named_together(vectors, run_flax):
-    diagnosis = diagnose(vectors, run_flax(*DEFAULTS), pairs=True)
+    diagnosis = diagnose(vectors, run_flax(*DEFAULTS))
     assert diagnosis.comparison.first.name == FIRST_DIFFERENCE["layer-norm-epsilon-1e-6"]
     assert set(names_of(diagnosis.explanations[0])) == set(DEFAULTS)
     assert diagnosis.explanations[0].ratio < 1

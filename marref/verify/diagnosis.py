@@ -28,6 +28,8 @@ from marref.verify.rounding import MIXED
 from marref.verify.search import Explanation, Partial, Progress, Search, Together
 
 _MOST_SHOWN = 3
+_INEXACT = 1 / 256
+"""The largest error of 16 numbers or more is above this part of its budget, 8 of such errors."""
 _HINTS = {
     "tf32": "is TensorFloat-32 switched on? In PyTorch torch.backends.cuda.matmul.allow_tf32 and "
     "torch.set_float32_matmul_precision, in JAX jax_default_matmul_precision, decide it",
@@ -218,4 +220,22 @@ def _coarser(
     """Name a precision of matrix products within whose rounding float32 arrays agree."""
     if comparison.precision != "float32":
         return None
-    return next((one for one in MIXED if compare(golden_vectors, arrays, one).agrees), None)
+    for one in MIXED:
+        mixed = compare(golden_vectors, arrays, one)
+        if mixed.agrees and _rounded_throughout(comparison, mixed):
+            return one
+    return None
+
+
+def _rounded_throughout(comparison: Comparison, mixed: Comparison) -> bool:
+    """Whether arrays are as inexact as products that round their inputs make them: all of them.
+
+    A mistake is too small for the budgets of a coarse precision in many arrays, but it leaves others
+    as exact as float32 is.
+    """
+    concerned = [
+        (row.difference, coarse.budget)
+        for row, coarse in zip(comparison.rows, mixed.rows, strict=True)
+        if math.prod(row.shape) >= 16 and 4.0 * row.budget < coarse.budget < math.inf
+    ]
+    return all(difference > _INEXACT * budget for difference, budget in concerned)

@@ -2,12 +2,14 @@
 
 `Search.explanations` tries every fault of the catalogue, then sets of two and of three.  A set
 grows from one that explains more of the arrays, in the order of computation, than without its last
-fault; or from several that change the same array, which none of them explains alone.
+fault; or from several that change the same array, which none of them explains alone.  (All sets of
+three are too many: 200,000.)
 """
 
 import dataclasses
 import itertools
 import math
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
@@ -34,6 +36,7 @@ _WIDTH = 12
 _THIN = 4
 """Fewer numbers than this that differ could fit two faults of anything by chance."""
 
+_TINY = sys.float_info.min
 _SETS = {1: "single mistakes", 2: "pairs", 3: "sets of three"}
 
 _AFTER_LOSS = ("gradients/", *(f"{name}/" for name in golden.OPTIMISERS))
@@ -122,7 +125,7 @@ class _Judged(NamedTuple):
     @property
     def ratio(self) -> float:
         ratios = [
-            np.nan_to_num(row.difference, nan=math.inf) / max(row.budget, np.finfo(np.float64).tiny)
+            np.nan_to_num(row.difference, nan=math.inf) / max(row.budget, _TINY)
             for row in self.left.rows
             if math.isfinite(row.budget)
         ]
@@ -227,10 +230,15 @@ class Search:
         ]
 
     def _helping(self, size: int) -> list[_Result]:
-        """List the sets of so many faults that explain more than with one fewer, best first."""
+        """List the sets of so many faults that explain more than with one fewer, best first.
+
+        Where no two explain more than one, those that come nearest stand in.
+        """
         of_size = [result for result in self.tried.values() if len(result.faults) == size]
         helping = [result for result in of_size if self._gains(result)]
-        return sorted(helping, key=lambda result: -result.reach)[:_WIDTH]
+        if not helping and size == 2:
+            helping = [result for result in of_size if result.starts]
+        return sorted(helping, key=lambda result: (-result.reach, result.ratio))[:_WIDTH]
 
     def _gains(self, result: _Result) -> bool:
         """Whether a set of faults explains more than each of the smaller sets that were tried."""
@@ -253,7 +261,7 @@ class Search:
         # Stages share what they compute; under faults that is another.
         stages = self.golden_vectors.stages(self.arrays)
         for key, stage in stages.items():
-            if any(_can_change(fault, key) for fault in together):
+            if any(can_change(fault, key) for fault in together):
                 computed = _under(together, stage)
             else:
                 if key not in self.pristine:
@@ -266,7 +274,7 @@ class Search:
                     continue
                 if array.shape != self.arrays[name].shape:
                     return _Result(together, reach, True, starts, math.inf)
-                budget = max(rows[name].budget, np.finfo(np.float64).tiny)
+                budget = max(rows[name].budget, _TINY)
                 change = measure.difference(array, self.golden_vectors.arrays[name])
                 starts |= rows[name] is self.comparison.first and change > budget
                 worst = max(worst, _distance(self.arrays[name], array) / budget)
@@ -365,7 +373,7 @@ def _under(together: Together, compute: Callable[[], _T]) -> _T | None:
             return None
 
 
-def _can_change(fault: Fault, stage: str | tuple[str, ...]) -> bool:
+def can_change(fault: Fault, stage: str | tuple[str, ...]) -> bool:
     """Whether a fault can change what a stage of `golden.stages` computes."""
     sections = _SECTIONS.get(_STAGE_OF[fault])
     prefixes = (stage,) if isinstance(stage, str) else stage
