@@ -294,3 +294,37 @@ def test_tensors_of_frameworks_are_taken_as_they_are(vectors):
     assert crosscheck(lambda params, tokens: logits, vectors, "float64").agrees
     narrow = logits.detach().to(torch.bfloat16)
     assert crosscheck(lambda params, tokens: narrow, vectors, "bfloat16").agrees
+
+
+def test_fail_fast_compares_no_further_than_the_first_stage_that_differs(vectors):
+    sections = ("input/", "activations/", "loss", "gradients/")
+    arrays = {name: a for name, a in vectors.arrays.items() if name.startswith(sections)}
+    for name in ("loss", "gradients/head.bias"):
+        arrays[name] = arrays[name] * 1.5
+    whole = compare(vectors, arrays)
+    fast = compare(vectors, arrays, fail_fast=True)
+    assert fast.first == whole.first
+    assert fast.first.name == "loss"
+    assert fast.rows == whole.rows[: len(fast.rows)]
+    assert fast.rows[-1].name == "loss"
+
+
+def test_what_is_computed_beside_the_first_difference_is_said(vectors):
+    query, key = (f"activations/blocks.0.attention.{part}" for part in ("query", "key"))
+    arrays = dict(vectors.arrays)
+    for name in (query, key, "activations/blocks.0.attention.weights"):
+        arrays[name] = arrays[name] * 1.5
+    comparison = compare(vectors, arrays)
+    assert comparison.first.name == query
+    assert comparison.beside == [key]
+    assert f"computed beside it, not from it: {key}" in comparison.as_table()
+
+
+def test_what_is_wider_than_its_inputs_is_said(vectors):
+    names = [name for name in vectors.arrays if name.startswith(("activations/", "loss"))]
+    arrays = {name: vectors.arrays[name].astype(np.float32) for name in names}
+    arrays["loss"] = np.float64(arrays["loss"]) + 1e-9
+    comparison = compare(vectors, arrays)
+    assert comparison.agrees
+    assert comparison.wider == ("loss",)
+    assert "wider than what they were computed from: loss" in comparison.as_table()

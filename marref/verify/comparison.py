@@ -17,11 +17,12 @@ size of its rounding into a whole step, of either sign.
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +92,14 @@ class Comparison:
         For which the budgets hold.
     exceptions : dict of str to str
         The arrays that are in another precision, with that, and have its budgets.
+    wider : tuple of str
+        The arrays whose dtype is wider than their precision.
     """
 
     rows: tuple[Row, ...]
     precision: str
     exceptions: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    wider: tuple[str, ...] = ()
 
     @property
     def differing(self) -> list[Row]:
@@ -133,7 +137,20 @@ class Comparison:
                 f"\n{len(self.differing)} of {len(self.rows)} arrays differ by more than the "
                 f"rounding of {self._rounding}; the first is {self.first.name}"
             )
+            if self.beside:
+                lines.append(f"computed beside it, not from it: {_listed(self.beside)}")
+        if self.wider:
+            lines.append(f"wider than what they were computed from: {_listed(self.wider)}")
         return "\n".join(lines)
+
+    @property
+    def beside(self) -> list[str]:
+        """The differing arrays that are computed beside the first, neither from the other."""
+        if self.first is None:
+            return []
+        place = _place(self.first.name)
+        others = [row.name for row in self.differing if row is not self.first]
+        return [name for name in others if _place(name) == place]
 
     def precision_of(self, name: str) -> str:
         """Return the precision that an array's budget holds for."""
@@ -142,8 +159,7 @@ class Comparison:
     @property
     def _rounding(self) -> str:
         others = [f"{name} of {one}" for name, one in self.exceptions.items()]
-        shown = ", ".join(others[:3]) + (", …" if len(others) > 3 else "")
-        return self.precision + (f" ({shown})" if others else "")
+        return self.precision + (f" ({_listed(others)})" if others else "")
 
     def as_json(self) -> str:
         """Write the same for machines; infinities are null."""
@@ -171,7 +187,9 @@ class Comparison:
         return {
             "precision": self.precision,
             "exceptions": dict(self.exceptions),
+            "wider": list(self.wider),
             "first": first,
+            "beside": self.beside,
             "rows": rows,
         }
 
@@ -179,6 +197,20 @@ class Comparison:
     def agrees(self) -> bool:
         """Whether there is none."""
         return self.first is None
+
+
+def _place(name: str) -> str:
+    """Name the place in the computation that arrays share which are computed beside each other."""
+    section, _, rest = name.partition("/")
+    if section in golden.OPTIMISERS:
+        return f"{section}/{rest.split('/')[0]}"
+    if section == "gradients":
+        rest = rest.rpartition(".")[0]
+    return f"{section}/" + re.sub("attention.(query|key|value)$", "attention.qkv", rest)
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class Golden:
@@ -255,7 +287,11 @@ class Golden:
 
 
 def compare(
-    golden_vectors: Golden, arrays: Mapping[str, Array], precision: str | None = None
+    golden_vectors: Golden,
+    arrays: Mapping[str, Array],
+    precision: str | None = None,
+    *,
+    fail_fast: bool = False,
 ) -> Comparison:
     """Compare an implementation's arrays with golden vectors.
 
@@ -267,6 +303,9 @@ def compare(
     precision : {"float64", "float32", "float16", "bfloat16", "tf32", "fp16-mixed", "bf16-mixed"}
         In which they were computed, see `marref.verify.rounding`; by default that of the numbers of
         each array, see `precisions_of`.
+    fail_fast : bool
+        Compare no further than to the first stage (of activations, gradients, each optimiser, …)
+        in which something differs.
 
     Returns
     -------
@@ -284,12 +323,32 @@ def compare(
     else:
         checks.choice("precision", precision, PRECISIONS)
         precisions = dict.fromkeys(arrays, precision)
-    allowed = budgets_by_array(golden_vectors, precisions)
-    rows = tuple(
-        row_of(name, np.asarray(arrays[name]), golden_vectors.arrays[name], allowed[name])
-        for name in golden_vectors.order(arrays)
+    wider = tuple(
+        name
+        for name, one in precisions.items()
+        if np.asarray(arrays[name]).dtype == np.float64 and EPSILON[one] > EPSILON["float64"]
     )
-    return Comparison(rows, _most_common(precisions), _exceptions(precisions))
+    result = Comparison((), _most_common(precisions), _exceptions(precisions), wider)
+    for names in _by_stage(golden_vectors, arrays) if fail_fast else [golden_vectors.order(arrays)]:
+        allowed = budgets_by_array(golden_vectors, {name: precisions[name] for name in names})
+        rows = tuple(
+            row_of(name, np.asarray(arrays[name]), golden_vectors.arrays[name], allowed[name])
+            for name in names
+        )
+        result = dataclasses.replace(result, rows=result.rows + rows)
+        if not result.agrees:
+            break
+    return result
+
+
+def _by_stage(golden_vectors: Golden, names: Mapping[str, Any]) -> list[list[str]]:
+    """Group names by the stage that computes them; what is given comes first."""
+    prefixes = golden_vectors.stages(names)
+
+    def stage(name: str) -> int:
+        return next((i for i, prefix in enumerate(prefixes) if name.startswith(prefix)), -1)
+
+    return [list(group) for _, group in itertools.groupby(golden_vectors.order(names), key=stage)]
 
 
 def row_of(name: str, yours: Array, expected: Array, budget: float) -> Row:
@@ -388,13 +447,13 @@ def budgets(golden_vectors: Golden, names: Mapping[str, Any], precision: str) ->
         decides nothing there.
     """
     steps = [name for name in names if name.split("/")[0] in golden.OPTIMISERS]
-    asked = {**names, "gradients/": None} if steps else names
+    asked = {**names, "activations/": None, **({"gradients/": None} if steps else {})}
     expected = golden_vectors.compute(asked)
     errors = dict.fromkeys(expected, 0.0)
     rng = np.random.default_rng(0)
     for run in range(_NUM_RUNS):
         params = _shaken(golden_vectors.params, rng if run > 0 else None, precision)
-        with _positions_rounded(rng, precision).applied():
+        with _positions_rounded(run, precision).applied():
             _raise_to(errors, expected, _compute_in_precision(golden_vectors, asked, params))
     allowed = _smoothed(expected, errors, precision)
     if steps:
@@ -443,7 +502,7 @@ def _errors_of_steps(
     return errors
 
 
-def _positions_rounded(rng: np.random.Generator, precision: str) -> Fault:
+def _positions_rounded(run: int, precision: str) -> Fault:
     """Make positions with frequencies w that are off in their last digits.
 
     exp(-log(10000) x), 10000^-x and 1/10000^x in float32 differ by about |log w| units; the angle
@@ -457,7 +516,8 @@ def _positions_rounded(rng: np.random.Generator, precision: str) -> Fault:
         table = old(length, embed_dim, positions)
         half = embed_dim // 2
         log_w = np.log(10000.0) * np.arange(half) / max(half - 1, 1)
-        units = rng.choice([-1.0, 1.0], half) * np.maximum(log_w, 1.0)
+        signs = np.random.default_rng(run).choice([-1.0, 1.0], half)
+        units = signs * np.maximum(log_w, 1.0)
         dangle = unit * units * np.exp(-log_w) * np.arange(length)[:, np.newaxis]
         axis = 1 if positions == "concatenated" else 2
         shape = (length, 2, half) if axis == 1 else (length, half, 2)

@@ -230,8 +230,8 @@ def _coarser(
 def _rounded_throughout(comparison: Comparison, mixed: Comparison) -> bool:
     """Whether arrays are as inexact as products that round their inputs make them: all of them.
 
-    A mistake is too small for the budgets of a coarse precision in many arrays, but it leaves others
-    as exact as float32 is.
+    A mistake may be too small for the budgets of a coarse precision, but it leaves some arrays as
+    exact as float32 is.
     """
     concerned = [
         (row.difference, coarse.budget)
