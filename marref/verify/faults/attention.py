@@ -52,15 +52,15 @@ def _softmax_with(scores: Array, extra: float) -> Array:
     return weights
 
 
-fault("attention-unscaled").says(
+fault("attention-unscaled").sets("attention scale").says(
     "Scores are Q Kᵀ, without 1/√head_dim. Attention weights are too sharp, and the more so the "
     "wider the heads; query, key and value are right."
 ).of(_scores_times)(lambda head_dim, num_heads: math.sqrt(head_dim))
-fault("attention-scaled-by-embed-dim").says(
+fault("attention-scaled-by-embed-dim").sets("attention scale").says(
     "Scores are divided by √embed_dim instead of √head_dim: attention weights are too even. A "
     "model with one head hides it."
 ).of(_scores_times)(lambda head_dim, num_heads: 1 / math.sqrt(num_heads))
-fault("attention-scaled-without-root").says(
+fault("attention-scaled-without-root").sets("attention scale").says(
     "Scores are divided by head_dim instead of its root: attention weights are too even."
 ).of(_scores_times)(lambda head_dim, num_heads: 1 / math.sqrt(head_dim))
 

@@ -61,7 +61,7 @@ def transposed(params: Tree) -> Tree:
     return {**params, "kernel": kernel.T} if kernel.shape[0] == kernel.shape[1] else params
 
 
-linear_fault("linear-square-kernels-transposed").says(
+linear_fault("linear-square-kernels-transposed").sets("kernel layout").says(
     "Square kernels are loaded as [out, in], PyTorch's layout, and nobody notices, because the "
     "shape fits; kernels that are not square would have raised an error. Query, key, value and "
     "attention output differ, the feed-forward layer by itself is right."
@@ -73,27 +73,27 @@ linear_fault("linear-without-biases").says(
 linear_fault("head-without-bias").says(
     "The logits lack the head's bias: off by the same vector at every position."
 ).of(with_params, model, prefix="head_")(lambda params: without_biases(params, "head"))
-fault("gelu-tanh").says(
+fault("gelu-tanh").sets("gelu").says(
     "GELU by the tanh approximation where the model says erf: the default of jax.nn.gelu, and in "
     "MaskGIT. Activations are off by up to 5e-4, most near |x| = 2.7: too much for rounding, too "
     "little to notice in training."
 ).wraps(gelu.gate)(lambda old, x, gelu: old(x, "tanh"))
-fault("gelu-erf").says(
+fault("gelu-erf").sets("gelu").says(
     "The exact GELU where the model says tanh: the default of torch.nn.GELU, and in MAR and "
     "Edifice. Activations are off by up to 5e-4."
 ).wraps(gelu.gate)(lambda old, x, gelu: old(x, "erf"))
-fault("gelu-sigmoid").says(
+fault("gelu-sigmoid").sets("gelu").says(
     "GELU approximated by x σ(1.702 x) (Hendrycks and Gimpel 2016, also called quick GELU). "
     "Activations are off by up to 2e-2."
 ).replaces(gelu.gate)(lambda x, gelu: _sigmoid(x, 1.702))
-fault("gelu-relu").says(
+fault("gelu-relu").sets("gelu").says(
     "ReLU in the place of GELU, as in the first transformer. No activation is negative."
 ).replaces(gelu.gate)(lambda x, gelu: ((x.real > 0).astype(x.dtype), np.zeros_like(x)))
-fault("gelu-silu").says(
+fault("gelu-silu").sets("gelu").says(
     "SiLU, x σ(x), in the place of GELU: the activation of SwiGLU layers. Activations are off by "
     "up to 0.2."
 ).replaces(gelu.gate)(lambda x, gelu: _sigmoid(x, 1.0))
-fault("gelu-missing").says(
+fault("gelu-missing").sets("gelu").says(
     "No activation between the two linear layers, which are then one: activation and input of the "
     "GELU are equal."
 ).replaces(gelu.gate)(lambda x, gelu: (np.ones_like(x), np.zeros_like(x)))

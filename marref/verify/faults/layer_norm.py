@@ -43,16 +43,16 @@ def _normalising(fault: Fault, factors: Callable[..., Any], *, centre: bool = Tr
         return dx, old(params, dy, cache)[1]
 
 
-fault("layer-norm-epsilon-1e-6").says(
+fault("layer-norm-epsilon-1e-6").sets("layer-norm epsilon").says(
     "Epsilon is 1e-6 where the model says otherwise: Flax's default, and that of the published MAR "
     "models. A relative difference of about 5e-6 / variance in every norm: small where the "
     "variance is near 1, plain where it is small."
 ).wraps(layer_norm.forward)(lambda old, params, x, epsilon: old(params, x, 1e-6))
-fault("layer-norm-epsilon-1e-12").says(
+fault("layer-norm-epsilon-1e-12").sets("layer-norm epsilon").says(
     "Epsilon is 1e-12, as in BERT and MaskGIT. It shows like 1e-6, a little stronger, and most "
     "where a variance is small."
 ).wraps(layer_norm.forward)(lambda old, params, x, epsilon: old(params, x, 1e-12))
-fault("layer-norm-epsilon-1e-5").says(
+fault("layer-norm-epsilon-1e-5").sets("layer-norm epsilon").says(
     "Epsilon is 1e-5, the default of PyTorch and Axon, where the model says otherwise, for "
     "instance 1e-6 after the published MAR models. It shows in every norm, most where a variance "
     "is small."

@@ -34,17 +34,17 @@ fault("loss-over-unmasked-positions").says(
     "The mask is taken the other way round, with 1 for what is visible. The loss soon falls to 0 "
     "and the decoder produces noise; gradients are 0 at the masked positions."
 ).wraps(forward)(lambda old, logits, targets, mask: old(logits, targets, np.asarray(mask) == 0))
-fault("loss-summed").says(
+fault("loss-summed").sets("loss denominator").says(
     "The sum over the masked positions, not their mean (reduction='sum'). Loss and gradients are "
     "larger by the number of masked positions."
 ).of(_times)(lambda mask: float(mask.sum()))
-fault("loss-over-batch-times-length").says(
+fault("loss-over-batch-times-length").sets("loss denominator").says(
     "The sum over the masked positions is divided by batch·length, masked or not, as LLaDA does "
     "after weighting with 1/p: the mean of a product with the mask. Loss and gradients are smaller "
     "by the mask ratio."
 ).of(_times)(lambda mask: float(mask.mean()))
 
-by_sequence = fault("loss-averaged-by-sequence")
+by_sequence = fault("loss-averaged-by-sequence").sets("loss denominator")
 
 
 @by_sequence.wraps(forward)
@@ -58,7 +58,7 @@ def _(old: Any, logits: Array, targets: Array, mask: Array) -> Any:
 by_sequence.wraps(backward)(
     lambda old, cache: np.stack([old(c) for c in cache["sequences"]]) / len(cache["sequences"])
 )
-fault("loss-count-plus-1e-8").says(
+fault("loss-count-plus-1e-8").sets("loss denominator").says(
     "The sum is divided by |M| + 1e-8, Edifice's guard against an empty mask. A relative "
     "difference of 1e-8/|M|: nothing in float32."
 ).of(_times)(lambda mask: float(mask.sum() / (mask.sum() + 1e-8)))

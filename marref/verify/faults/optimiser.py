@@ -25,13 +25,14 @@ def _with_settings(fault: Fault, changed: Callable[[Array, Any], dict[str, float
 
 
 # Which is right in the end, where βᵗ is 0.
-fault("adam-without-bias-correction").says(
+fault("adam-without-bias-correction").sets("adam step count").says(
     "m and v are used as they are, though they start at 0. The first step is larger by "
     "(1 - β₁)/√(1 - β₂) = 3.16, later ones come closer."
 ).of(_with_settings)(lambda param, settings: {"t": math.inf})
 
 # NaN is what it computes: the checks against NaN must let it through.
-from_zero = fault("adam-step-from-zero").says(
+from_zero = fault("adam-step-from-zero").sets("adam step count")
+from_zero.says(
     "The first step is corrected with t = 0, where 1 - βᵗ = 0: every parameter is NaN after it."
 )
 from_zero.of(_with_settings)(lambda param, settings: {"t": settings["t"] - 1})
@@ -44,7 +45,7 @@ def _(old: Any, grads: Tree, max_norm: float) -> Any:
     return old(grads, max_norm) if finite else (grads, math.nan)
 
 
-fault("adam-step-ahead").says(
+fault("adam-step-ahead").sets("adam step count").says(
     "The count is one ahead, t = 2 in the first step: it is raised twice, or before an optimiser "
     "that raises it too. The first step is smaller by a quarter, and the difference fades."
 ).of(_with_settings)(lambda param, settings: {"t": settings["t"] + 1})
@@ -67,7 +68,7 @@ fault("adam-epsilon-before-correction").says(
     "section 2, with the same ε. It is that of TensorFlow. Epsilon is larger by 1/√(1 - β₂ᵗ), 32 "
     "times in the first step, and only small gradients show it."
 ).of(_with_settings)(lambda _, s: {"epsilon": s["epsilon"] * (1 - s["beta2"] ** s["t"]) ** -0.5})
-fault("adam-epsilon-1e-7").says(
+fault("adam-epsilon-1e-7").sets("adam epsilon").says(
     "Epsilon is 1e-7, the default of Keras, instead of 1e-8. Only small gradients show it."
 ).of(_with_settings)(lambda param, settings: {"epsilon": 1e-7})
 fault("adam-beta2-0.95").says(
