@@ -579,6 +579,9 @@ SMALL = marref.build(
 )
 
 
+TWO_BLOCKS = dataclasses.replace(SMALL, num_layers=2)
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -589,17 +592,18 @@ SMALL = marref.build(
     ],
 )
 def test_gradients_under_a_fault_are_the_derivatives_of_the_faulty_loss(name):
+    model = TWO_BLOCKS if name.startswith("block-") else SMALL
     rng = np.random.default_rng(3)
-    params = strategies.random_params(SMALL, rng, std=0.7)
-    targets = rng.integers(SMALL.vocab_size, size=(2, 3))
+    params = strategies.random_params(model, rng, std=0.7)
+    targets = rng.integers(model.vocab_size, size=(2, 3))
     mask = np.array([[1, 1, 0], [0, 1, 0]])
     tokens = np.where(mask, 0, targets)
 
     def loss_of(moved):
-        return marref.mar_loss(SMALL.forward(moved, tokens)[0], targets, mask)
+        return marref.mar_loss(model.forward(moved, tokens)[0], targets, mask)
 
     with CATALOGUE[name].applied():
-        value, grads = marref.loss_and_grads(SMALL, params, tokens, targets, mask)
+        value, grads = marref.loss_and_grads(model, params, tokens, targets, mask)
         assert float(value) == pytest.approx(float(loss_of(params)), rel=1e-12)
         errors = marref.check_gradients(
             loss_of, params, grads, method="central", max_entries=3, rng=rng
@@ -683,6 +687,7 @@ def reveal_counts_that_are_known():
     cosine, linear = (marref.schedules.SCHEDULES[name] for name in ("cosine", "linear"))
     assert cosine(256, 8).tolist() == [5, 15, 24, 31, 39, 45, 48, 49]
     assert 256 - cosine(256, 12)[:8].sum() == 128
+    assert cosine(5, 5).tolist() == [1] * 5
     assert linear(10, 4).tolist() == [2, 3, 2, 3]
 
 
