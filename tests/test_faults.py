@@ -615,6 +615,23 @@ def test_gradients_under_a_fault_are_the_derivatives_of_the_faulty_loss(name):
     )
 
 
+def test_hidden_masks_weigh_the_same_where_nothing_else_is_seen():
+    params = strategies.random_params(SMALL, np.random.default_rng(3), std=0.7)
+    tokens, targets, mask = np.zeros((1, 3), int), np.array([[1, 2, 3]]), np.ones((1, 3), int)
+
+    def loss_of(moved):
+        return marref.mar_loss(SMALL.forward(moved, tokens)[0], targets, mask)
+
+    with CATALOGUE["attention-mask-keys-hidden"].applied():
+        _, cache = SMALL.forward(params, tokens)
+        _, grads = marref.loss_and_grads(SMALL, params, tokens, targets, mask)
+        errors = marref.check_gradients(loss_of, params, grads)
+        decoded_tokens = marref.iterative_decode(SMALL, params)
+    np.testing.assert_allclose(cache["blocks"][0]["attention"]["weights"], 1 / 3, rtol=1e-15)
+    assert max(errors.values()) < 1e-12
+    assert (decoded_tokens > 0).all()
+
+
 # Every fault is caught: marref's own witnesses, in fast.
 
 
