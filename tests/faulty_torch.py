@@ -5,6 +5,7 @@ are those that people make in PyTorch, written as they would be; their gradients
 """
 
 import math
+import re
 from collections.abc import Iterable
 
 import numpy as np
@@ -14,11 +15,16 @@ import torch.nn.functional as F
 # Arrays this small gain nothing from threads, which wait for each other on a busy machine.
 torch.set_num_threads(1)
 
-EPSILON = {"layer-norm-epsilon-1e-6": 1e-6, "layer-norm-epsilon-1e-12": 1e-12}
+EPSILON = {
+    "layer-norm-epsilon-1e-3": 1e-3,
+    "layer-norm-epsilon-1e-6": 1e-6,
+    "layer-norm-epsilon-1e-12": 1e-12,
+}
 ACTIVATION = {
     "gelu-tanh": lambda x: F.gelu(x, approximate="tanh"),
     "gelu-sigmoid": lambda x: x * torch.sigmoid(1.702 * x),
     "gelu-relu": F.relu,
+    "gelu-leaky-relu": F.leaky_relu,
     "gelu-silu": F.silu,
     "gelu-missing": lambda x: x,
 }
@@ -26,6 +32,14 @@ SCALE = {
     "attention-unscaled": lambda head_dim, num_heads: 1.0,
     "attention-scaled-by-embed-dim": lambda head_dim, num_heads: (head_dim * num_heads) ** -0.5,
     "attention-scaled-without-root": lambda head_dim, num_heads: 1 / head_dim,
+}
+# What the parts of a fused projection, which are query, key and value, are taken for.
+PARTS = {
+    "attention-query-and-key-parameters-swapped": ("key", "query", "value"),
+    "attention-key-and-value-parameters-swapped": ("query", "value", "key"),
+    "attention-query-and-value-parameters-swapped": ("value", "key", "query"),
+    "attention-parameters-read-as-key-value-query": ("key", "value", "query"),
+    "attention-parameters-read-as-value-query-key": ("value", "query", "key"),
 }
 OPTIMISERS = {"adam": 0.0, "adamw": 0.1, "clipped": 0.0}
 LEARNING_RATE, MAX_NORM = 0.01, 0.1
@@ -60,9 +74,19 @@ class FaultyMAR:
         self.named[f"activations/{name}"] = x
         return x
 
+    def param(self, name: str) -> torch.Tensor:
+        """Look a parameter up, which may be another block's."""
+        match = re.match(r"blocks\.(\d+)", name)
+        if match and "block-parameters-shared" in self.mistakes:
+            name = "blocks.0" + name[match.end() :]
+        if match and "block-order-reversed" in self.mistakes:
+            name = f"blocks.{self.config['num_layers'] - 1 - int(match[1])}" + name[match.end() :]
+        return self.params[name]
+
     # Forward.
 
     def logits(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.padding = (tokens == 0)[:, None, None, :]
         x = self.keep("embedding", self.embedding(tokens))
         for index in range(self.config["num_layers"]):
             x = self.keep(f"blocks.{index}.output", self.block(f"blocks.{index}", x))
@@ -75,6 +99,8 @@ class FaultyMAR:
     def embedding(self, tokens: torch.Tensor) -> torch.Tensor:
         table = self.params["embedding.table"]
         padding = 0 if "embedding-gradient-padding" in self.mistakes else None
+        if "embedding-ids-off-by-one" in self.mistakes:
+            tokens = (tokens - 1) % len(table)
         x = F.embedding(tokens, table, padding_idx=padding)
         if "embedding-times-root-embed-dim" in self.mistakes:
             x = x * math.sqrt(x.shape[-1])
@@ -104,7 +130,8 @@ class FaultyMAR:
     def block(self, name: str, x: torch.Tensor) -> torch.Tensor:
         dropped = "residual-gradient-dropped" in self.mistakes
         branch = self.keep(f"{name}.attention_norm", self.layer_norm(f"{name}.attention_norm", x))
-        if "residual-from-normalised" in self.mistakes:
+        overwritten = {"residual-from-normalised", "residual-around-attention-from-normalised"}
+        if overwritten & self.mistakes:
             x = branch
         original = x
         branch = self.attention(f"{name}.attention", branch)
@@ -115,7 +142,8 @@ class FaultyMAR:
         source = original if "block-parallel" in self.mistakes else x
         normalised = self.layer_norm(f"{name}.feed_forward_norm", source)
         branch = self.keep(f"{name}.feed_forward_norm", normalised)
-        if "residual-from-normalised" in self.mistakes:
+        overwritten = {"residual-from-normalised", "residual-around-feed-forward-from-normalised"}
+        if overwritten & self.mistakes:
             x = branch
         branch = self.feed_forward(f"{name}.feed_forward", branch)
         if "residual-around-feed-forward-missing" in self.mistakes:
@@ -127,27 +155,31 @@ class FaultyMAR:
         num_heads = self.config["num_heads"]
         head_dim = embed_dim // num_heads
 
-        def split(part: str) -> torch.Tensor:
-            bias = "attention-without-qkv-biases" not in self.mistakes
-            y = self.linear(f"{name}.{part}", x, bias=bias)
+        def split(y: torch.Tensor) -> torch.Tensor:
             if "attention-heads-innermost" in self.mistakes:
                 return y.view(batch, length, head_dim, num_heads).permute(0, 3, 1, 2)
             if "attention-heads-reshaped" in self.mistakes:
                 return y.view(batch, num_heads, length, head_dim)
             return y.view(batch, length, num_heads, head_dim).transpose(1, 2)
 
-        parts = ["query", "key", "value"]
-        if "attention-query-and-key-parameters-swapped" in self.mistakes:
-            parts = ["key", "query", "value"]
-        query, key, value = map(split, parts)
-        for part, heads in (("query", query), ("key", key), ("value", value)):
-            self.keep(f"{name}.{part}", heads)
+        bias = "attention-without-qkv-biases" not in self.mistakes
+        names = ("query", "key", "value")
+        fused = torch.cat([self.linear(f"{name}.{part}", x, bias=bias) for part in names], dim=-1)
+        if "attention-parameters-read-by-head" in self.mistakes:
+            fused = fused.view(batch, length, num_heads, 3, head_dim).transpose(2, 3)
+        if "attention-parameters-read-innermost" in self.mistakes:
+            fused = fused.view(batch, length, num_heads, head_dim, 3).movedim(-1, 2)
+        heads = map(split, fused.reshape(batch, length, 3 * embed_dim).chunk(3, dim=-1))
+        parts = dict(zip(self.chosen(PARTS, names), heads, strict=True))
+        query, key, value = (self.keep(f"{name}.{part}", parts[part]) for part in names)
         if "attention-query-and-key-swapped" in self.mistakes:
             query, key = key, query
         scores = query @ key.mT * self.chosen(SCALE, lambda d, _: d**-0.5)(head_dim, num_heads)
         if "attention-causal" in self.mistakes:
             future = torch.ones(length, length, dtype=torch.bool).triu(1)
             scores = scores.masked_fill(future, -torch.inf)
+        if "attention-mask-keys-hidden" in self.mistakes:
+            scores = scores.masked_fill(self.padding, -1e9)
         axis = -2 if "attention-softmax-over-queries" in self.mistakes else -1
         if "attention-softmax-plus-one" in self.mistakes:
             weights = scores.exp() / (1 + scores.exp().sum(axis, keepdim=True))
@@ -185,24 +217,34 @@ class FaultyMAR:
         if "layer-norm-gradient-without-correlation" in self.mistakes:
             variance = variance.detach()
         epsilon = self.chosen(EPSILON, self.config["layer_norm_epsilon"])
-        if "layer-norm-epsilon-outside-root" in self.mistakes:
+        if "layer-norm-unbiased-epsilon-outside-root" in self.mistakes:
+            normalised = (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + epsilon)
+        elif "layer-norm-epsilon-outside-root" in self.mistakes:
             normalised = centred / (variance.sqrt() + epsilon)
         else:
             normalised = centred / (variance + epsilon).sqrt()
         if "layer-norm-without-scale" not in self.mistakes:
-            normalised = normalised * self.params[f"{name}.scale"]
+            normalised = normalised * self.param(f"{name}.scale")
         if "layer-norm-without-bias" in self.mistakes:
             return normalised
-        return normalised + self.params[f"{name}.bias"]
+        return normalised + self.param(f"{name}.bias")
 
     def linear(self, name: str, x: torch.Tensor, *, bias: bool = True) -> torch.Tensor:
-        kernel = self.params[f"{name}.kernel"]
+        kernel = self.param(f"{name}.kernel")
         square = kernel.shape[0] == kernel.shape[1]
         if "linear-square-kernels-transposed" in self.mistakes and square:
             kernel = kernel.T
+        if "linear-kernels-reshaped" in self.mistakes:
+            kernel = kernel.T.reshape(kernel.shape)
+        inputs = name.endswith(("attention.query", "attention.key", "attention.value"))
+        if "attention-qkv-kernels-transposed" in self.mistakes and inputs:
+            kernel = kernel.T
+        output = name.endswith("attention.output")
+        if "attention-output-kernel-transposed" in self.mistakes and output:
+            kernel = kernel.T
         if not bias or "linear-without-biases" in self.mistakes:
             return x @ kernel
-        return x @ kernel + self.params[f"{name}.bias"]
+        return x @ kernel + self.param(f"{name}.bias")
 
     # Loss.
 
@@ -210,6 +252,8 @@ class FaultyMAR:
         targets, mask = torch.from_numpy(batch["targets"]), torch.from_numpy(batch["mask"]) == 1
         if "loss-targets-shifted" in self.mistakes:
             targets = targets.roll(-1, dims=1)
+        if "loss-shifted" in self.mistakes:
+            logits, targets, mask = logits[:, :-1], targets[:, 1:], mask[:, 1:]
         if "loss-softmax-twice" in self.mistakes:
             logits = logits.softmax(-1)
         smoothing = 0.1 if "loss-label-smoothing" in self.mistakes else 0.0
@@ -226,14 +270,22 @@ class FaultyMAR:
             return (errors * mask).mean()
         if "loss-averaged-by-sequence" in self.mistakes:
             return ((errors * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
+        if "loss-averaged-by-sequence-without-empty" in self.mistakes:
+            return torch.stack(
+                [e[m].mean() for e, m in zip(errors, mask, strict=True) if m.any()]
+            ).mean()
+        if "loss-over-ratio" in self.mistakes:
+            ratio = mask.to(self.dtype).mean(1, keepdim=True).expand(mask.shape)
+            return (errors[mask] / ratio[mask]).mean()
         return errors[mask].mean()
 
     # Optimisation.
 
-    def gradients(self, batch: dict[str, np.ndarray]) -> torch.Tensor:
+    def gradients(self, batch: dict[str, np.ndarray], *, zero_grad: bool = True) -> torch.Tensor:
         """Fill every ``.grad`` and return the loss."""
-        for param in self.params.values():
-            param.grad = None
+        if zero_grad:
+            for param in self.params.values():
+                param.grad = None
         value = self.loss(self.logits(torch.from_numpy(batch["tokens"])), batch)
         value.backward()
         for param in self.params.values():
@@ -246,6 +298,8 @@ class FaultyMAR:
         options = {"lr": LEARNING_RATE, "weight_decay": OPTIMISERS[name], "foreach": False}
         if "adam-epsilon-1e-7" in self.mistakes:
             options["eps"] = 1e-7
+        if "adam-epsilon-1e-6" in self.mistakes:
+            options["eps"] = 1e-6
         if "adam-beta2-0.95" in self.mistakes:
             options["betas"] = (0.9, 0.95)
         if "adam-without-bias-correction" in self.mistakes:
@@ -274,7 +328,8 @@ class FaultyMAR:
         optimiser = self.optimiser(name)
         arrays = {}
         for step in range(1, 11):
-            self.gradients(batch)
+            zero_grad = step == 1 or "gradients-not-zeroed" not in self.mistakes
+            self.gradients(batch, zero_grad=zero_grad)
             for key, param in self.params.items():
                 if key.endswith(".attention.key.bias"):
                     param.grad.zero_()
@@ -294,6 +349,17 @@ class FaultyMAR:
         elif "clip-each-array" in self.mistakes:
             for param in params:
                 torch.nn.utils.clip_grad_norm_([param], MAX_NORM)
+        elif "clip-each-fused-array" in self.mistakes:
+            arrays: dict[str, list[torch.Tensor]] = {}
+            for name, param in self.params.items():
+                array = re.sub("query|key|value", "in_proj", name)
+                arrays.setdefault(array, []).append(param)
+            for fused in arrays.values():
+                torch.nn.utils.clip_grad_norm_(fused, MAX_NORM)
+        elif "clip-without-1e-6" in self.mistakes:
+            norm = torch.cat([param.grad.ravel() for param in params]).norm()
+            for param in params:
+                param.grad *= min(1.0, float(MAX_NORM / norm))
         else:
             torch.nn.utils.clip_grad_norm_(params, MAX_NORM)
 

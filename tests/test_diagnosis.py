@@ -23,15 +23,28 @@ SECOND_NORM = "activations/blocks.0.feed_forward_norm"
 # A mistake in PyTorch, by the name that diagnosis should find, and what differs first.
 FIRST_DIFFERENCE = {
     "embedding-times-root-embed-dim": "activations/embedding",
+    "embedding-ids-off-by-one": "activations/embedding",
     "positions-interleaved": "activations/embedding",
     "positions-from-one": "activations/embedding",
     "positions-missing": "activations/embedding",
     "layer-norm-epsilon-1e-6": NORM,
     "layer-norm-epsilon-outside-root": NORM,
+    "layer-norm-epsilon-1e-3": NORM,
+    "layer-norm-unbiased-epsilon-outside-root": NORM,
     "layer-norm-unbiased-variance": NORM,
     "final-norm-missing": "activations/final_norm",
     "linear-square-kernels-transposed": QUERY,
+    "linear-kernels-reshaped": QUERY,
     "head-without-bias": "activations/logits",
+    "attention-mask-keys-hidden": WEIGHTS,
+    "attention-key-and-value-parameters-swapped": "activations/blocks.0.attention.key",
+    "attention-query-and-value-parameters-swapped": QUERY,
+    "attention-parameters-read-as-key-value-query": QUERY,
+    "attention-parameters-read-as-value-query-key": QUERY,
+    "attention-parameters-read-by-head": QUERY,
+    "attention-parameters-read-innermost": QUERY,
+    "attention-qkv-kernels-transposed": QUERY,
+    "attention-output-kernel-transposed": "activations/blocks.0.attention.output",
     "attention-unscaled": WEIGHTS,
     "attention-scaled-by-embed-dim": WEIGHTS,
     "attention-softmax-over-queries": WEIGHTS,
@@ -40,12 +53,20 @@ FIRST_DIFFERENCE = {
     "attention-query-and-key-swapped": WEIGHTS,
     "gelu-tanh": GELU,
     "gelu-relu": GELU,
+    "gelu-leaky-relu": GELU,
     "gelu-silu": GELU,
+    "residual-around-attention-from-normalised": SECOND_NORM,
+    "residual-around-feed-forward-from-normalised": "activations/blocks.0.output",
+    "block-parameters-shared": "activations/blocks.1.attention_norm",
+    "block-order-reversed": NORM,
     "residual-around-attention-missing": SECOND_NORM,
     "residual-around-feed-forward-missing": "activations/blocks.0.output",
     "loss-over-all-positions": "loss",
     "loss-summed": "loss",
     "loss-averaged-by-sequence": "loss",
+    "loss-averaged-by-sequence-without-empty": "loss",
+    "loss-over-ratio": "loss",
+    "loss-shifted": "loss",
     "loss-base-2": "loss",
     "loss-label-smoothing": "loss",
     "layer-norm-gradient-without-correlation": "gradients/blocks.1.feed_forward.down.bias",
@@ -53,9 +74,12 @@ FIRST_DIFFERENCE = {
     "embedding-gradient-padding": "gradients/embedding.table",
     "adam-without-bias-correction": "adam/1/embedding.table",
     "adam-epsilon-1e-7": "adam/1/blocks.0.attention.query.kernel",
+    "adam-epsilon-1e-6": "adam/1/embedding.table",
+    "gradients-not-zeroed": "adam/2/embedding.table",
     "adam-beta2-0.95": "adam/2/embedding.table",
     "adam-decay-in-gradient": "adamw/1/embedding.table",
     "clip-each-array": "clipped/1/embedding.table",
+    "clip-each-fused-array": "clipped/1/embedding.table",
 }
 
 PAIRS = [
@@ -100,7 +124,11 @@ MADE_BY_MARREF = {
     "embedding-gradient-assigned": "gradients/",
     "decode-confidence-unscaled": "decode/cold/",
     "decode-temperature-multiplied": "decode/cold/",
+    "decode-left-to-right": "decode/cosine-3/",
+    "decode-count-off-by-one": "decode/cosine-3/",
     "decode-cosine-linear": "schedule/",
+    "decode-cosine-without-minimum": "schedule/",
+    "decode-cosine-squared": "schedule/",
 }
 
 
@@ -155,6 +183,22 @@ def test_a_mistake_is_located_and_named(vectors, run_torch, name):
     assert diagnosis.comparison.first.name == FIRST_DIFFERENCE[name]
     assert [names_of(found) for found in diagnosis.explanations] == [(name,)]
     assert diagnosis.explanations[0].ratio < 1
+
+
+def test_optax_s_clipping_is_named_in_float64(vectors, run_torch):
+    arrays = run_torch("clip-without-1e-6", precision="float64", optimisers=["clipped"])
+    diagnosis = diagnose(vectors, arrays, pairs=False)
+    assert diagnosis.comparison.first.name.startswith("clipped/")
+    assert [names_of(found) for found in diagnosis.explanations] == [("clip-without-1e-6",)]
+
+
+@pytest.mark.parametrize("optimiser", ["adamw", "clipped"])
+def test_gradients_that_add_up_are_named_with_decay_and_clipping(vectors, run_torch, optimiser):
+    diagnosis = diagnose(
+        vectors, run_torch("gradients-not-zeroed", optimisers=[optimiser]), pairs=False
+    )
+    assert diagnosis.comparison.first.name == f"{optimiser}/2/embedding.table"
+    assert [names_of(found) for found in diagnosis.explanations] == [("gradients-not-zeroed",)]
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=" + ".join)
@@ -257,6 +301,18 @@ def test_what_cannot_be_told_apart_is_all_named_best_first(vectors):
     assert sorted(map(names_of, diagnosis.explanations)) == sorted(names)
     ratios = [explanation.ratio for explanation in diagnosis.explanations]
     assert ratios == sorted(ratios)
+
+
+def test_transposed_kernels_that_only_the_query_shows_are_one_explanation(vectors, run_torch):
+    query = {QUERY: run_torch("attention-qkv-kernels-transposed")[QUERY]}
+    diagnosis = diagnose(vectors, query, pairs=False)
+    assert {names_of(found) for found in diagnosis.explanations} == {
+        ("linear-square-kernels-transposed",),
+        ("linear-kernels-reshaped",),
+        ("attention-qkv-kernels-transposed",),
+    }
+    assert [len(found.same) for found in diagnosis.explanations] == [2, 2, 2]
+    assert diagnosis.as_table().count("your arrays are what marref computes") == 1
 
 
 def test_a_precision_accuses_nobody_of_what_it_cannot_show(vectors):

@@ -1,17 +1,20 @@
 """Faults of attention, forward."""
 
+import contextlib
+import contextvars
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 
 from marref.layers import attention
 from marref.layers.attention import attend, attend_backward, softmax, softmax_backward
+from marref.model import MAR
 from marref.trees import Array, Tree
 from marref.verify.faults.fault import Fault, Stage
-from marref.verify.faults.feed_forward import with_params, without_biases
+from marref.verify.faults.feed_forward import transposed, with_params, without_biases
 
 fault = Stage()
 
@@ -37,6 +40,43 @@ def dscores_times(fault: Fault, factor: Callable[[int, int], float]) -> None:
         return f * dquery, f * dkey, dvalue
 
 
+def _fused_read_as(fault: Fault, read: Callable[[Array], Array]) -> None:
+    """Read the columns of query, key and value, side by side in one array, in another order.
+
+    ``read`` turns the numbers of the columns, [3, num_heads, head_dim], into those that are taken
+    for the columns of query, key and value.
+    """
+
+    def order(params: Tree, num_heads: int) -> Array:
+        embed_dim = len(params["query"]["bias"])
+        return read(np.arange(3 * embed_dim).reshape(3, num_heads, -1)).ravel()
+
+    @fault.wraps(attention.forward)
+    def _(old: Any, params: Tree, x: Array, num_heads: int) -> Any:
+        return old(_columns(params, order(params, num_heads)), x, num_heads)
+
+    @fault.wraps(attention.backward)
+    def _(old: Any, params: Tree, dy: Array, cache: Tree) -> Any:
+        columns = order(params, cache["query"].shape[1])
+        dx, grads = old(_columns(params, columns), dy, cache)
+        return dx, _columns(grads, columns.argsort())
+
+
+def _columns(params: Tree, order: Array) -> Tree:
+    """Put the columns of query, key and value, side by side, into an order."""
+    names = ("query", "key", "value")
+    changed: dict[str, Tree] = {name: {} for name in names}
+    for leaf in ("kernel", "bias"):
+        fused = np.concatenate([params[name][leaf] for name in names], axis=-1)[..., order]
+        for name, part in zip(names, np.split(fused, 3, axis=-1), strict=True):
+            changed[name][leaf] = part
+    return {**params, **changed}
+
+
+def _kernels_transposed(params: Tree, *names: str) -> Tree:
+    return {**params, **{name: transposed(params[name]) for name in names}}
+
+
 def _swapped(tree: Tree) -> Tree:
     """Put query for key and key for query."""
     return {**tree, "query": tree["key"], "key": tree["query"]}
@@ -52,15 +92,15 @@ def _softmax_with(scores: Array, extra: float) -> Array:
     return weights
 
 
-fault("attention-unscaled").says(
+fault("attention-unscaled").sets("attention scale").says(
     "Scores are Q Kᵀ, without 1/√head_dim. Attention weights are too sharp, and the more so the "
     "wider the heads; query, key and value are right."
 ).of(_scores_times)(lambda head_dim, num_heads: math.sqrt(head_dim))
-fault("attention-scaled-by-embed-dim").says(
+fault("attention-scaled-by-embed-dim").sets("attention scale").says(
     "Scores are divided by √embed_dim instead of √head_dim: attention weights are too even. A "
     "model with one head hides it."
 ).of(_scores_times)(lambda head_dim, num_heads: 1 / math.sqrt(num_heads))
-fault("attention-scaled-without-root").says(
+fault("attention-scaled-without-root").sets("attention scale").says(
     "Scores are divided by head_dim instead of its root: attention weights are too even."
 ).of(_scores_times)(lambda head_dim, num_heads: 1 / math.sqrt(head_dim))
 
@@ -75,6 +115,42 @@ fault("attention-causal").says(
     "A position sees itself and what lies to its left, a habit from language models; MAR's "
     "attention sees everything. Weights above the diagonal are 0, only the last row is right."
 ).wraps(softmax)(lambda old, scores: old(np.where(np.tri(scores.shape[-1]) > 0, scores, -np.inf)))
+
+_hidden: contextvars.ContextVar[Any] = contextvars.ContextVar("hidden", default=False)
+"""Which keys no query sees, bool [batch, 1, 1, length]."""
+
+
+@contextlib.contextmanager
+def _hiding_masks(tokens: Any) -> Iterator[None]:
+    before = _hidden.set((np.asarray(tokens) == 0)[:, np.newaxis, np.newaxis])
+    try:
+        yield
+    finally:
+        _hidden.reset(before)
+
+
+masks_hidden = fault("attention-mask-keys-hidden").says(
+    "The keys of [MASK], id 0, are hidden, as padding is, by scores of -1e9: no position sees a "
+    "masked one. Their attention weights are 0. Where all are masked, as when decoding starts, all "
+    "weigh the same; with scores of -∞ they would be NaN."
+)
+masks_hidden.wraps(softmax)(lambda old, scores: old(np.where(_hidden.get(), -1e9, scores)))
+masks_hidden.wraps(softmax_backward)(
+    lambda old, dweights, weights: np.where(_hidden.get(), 0.0, old(dweights, weights))
+)
+
+
+@masks_hidden.wraps(MAR.forward)
+def _(old: Any, model: MAR, params: Tree, tokens: Any, rng: Any = None) -> Any:
+    with _hiding_masks(tokens):
+        return old(model, params, tokens, rng)
+
+
+@masks_hidden.wraps(MAR.backward)
+def _(old: Any, model: MAR, params: Tree, dlogits: Array, cache: Tree) -> Any:
+    with _hiding_masks(cache["embedding"]["tokens"]):
+        return old(model, params, dlogits, cache)
+
 
 inner = fault("attention-heads-innermost").says(
     "Features are split as [head_dim, heads], so that head h has every heads-th feature instead of "
@@ -113,10 +189,45 @@ def _(old: Any, query: Array, key: Array, value: Array) -> Any:
     return context, _swapped(cache)
 
 
-fault("attention-query-and-key-parameters-swapped").says(
+fault("attention-query-and-key-parameters-swapped").sets("fused projection").says(
     "The parameters of query and key are loaded into each other: the order of a fused projection "
     "is taken for key, query, value. Query and key are swapped, and all after them is wrong."
-).of(with_params, attention)(_swapped)
+).of(_fused_read_as)(lambda columns: columns[[1, 0, 2]])
+fault("attention-key-and-value-parameters-swapped").sets("fused projection").says(
+    "The order of a fused projection is taken for query, value, key. Queries are right, keys and "
+    "values are each other's."
+).of(_fused_read_as)(lambda columns: columns[[0, 2, 1]])
+fault("attention-query-and-value-parameters-swapped").sets("fused projection").says(
+    "The order of a fused projection is taken for value, key, query. Keys are right, queries and "
+    "values are each other's."
+).of(_fused_read_as)(lambda columns: columns[[2, 1, 0]])
+fault("attention-parameters-read-as-key-value-query").sets("fused projection").says(
+    "The order of a fused projection is taken for key, value, query: keys are what queries should "
+    "be, values the keys, and queries the values."
+).of(_fused_read_as)(lambda columns: columns[[2, 0, 1]])
+fault("attention-parameters-read-as-value-query-key").sets("fused projection").says(
+    "The order of a fused projection is taken for value, query, key: values are what queries "
+    "should be, queries the keys, and keys the values."
+).of(_fused_read_as)(lambda columns: columns[[1, 2, 0]])
+fault("attention-parameters-read-by-head").sets("fused projection").says(
+    "Query, key and value lie side by side in one array and are read head by head, [heads, 3, "
+    "head_dim], as Megatron, GPT-NeoX and BLOOM store them: the first head's query, key and value, "
+    "then the second's. Only the first head's query is right."
+).of(_fused_read_as)(
+    lambda columns: columns.reshape(columns.shape[1], 3, columns.shape[2]).swapaxes(0, 1)
+)
+fault("attention-parameters-read-innermost").sets("fused projection").says(
+    "Query, key and value lie side by side in one array and are read feature by feature, [heads, "
+    "head_dim, 3], einops' (h d qkv). Only the very first feature of the query is right."
+).of(_fused_read_as)(lambda columns: np.moveaxis(columns.reshape(*columns.shape[1:], 3), -1, 0))
+fault("attention-qkv-kernels-transposed").sets("kernel layout").says(
+    "The square kernels of query, key and value are loaded as [out, in], PyTorch's layout of its "
+    "in_proj_weight, and that of the output is not."
+).of(with_params, attention)(lambda params: _kernels_transposed(params, "query", "key", "value"))
+fault("attention-output-kernel-transposed").sets("kernel layout").says(
+    "The square kernel of the output projection is loaded as [out, in], those of query, key and "
+    "value are not. All is right up to the context."
+).of(with_params, attention)(lambda params: _kernels_transposed(params, "output"))
 fault("attention-softmax-sum-plus-1e-8").says(
     "1e-8 is added to the sum of the softmax, as Edifice does, against a division by 0 that cannot "
     "happen: the largest term is 1. Rows of weights add up to 1 - 1e-8 or a little more: nothing "

@@ -9,7 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from marref import trees
 from marref.layers import attention, block, dropout, feed_forward, layer_norm
+from marref.model import MAR
 from marref.trees import Array, Tree
 from marref.verify.faults.fault import Fault, Stage
 
@@ -96,6 +98,19 @@ fault("residual-from-normalised").says(
     "The branch is added to the normalised x instead of x itself: the variable is overwritten by "
     "the norm. The attention layer is right and the residual stream after it is not."
 ).of(_block_of)(lambda norm1, f1, norm2, f2: chain(norm1, _plus(_X, f1), norm2, _plus(_X, f2)))
+fault("residual-around-attention-from-normalised").says(
+    "The attention branch is added to the normalised x instead of x itself; the feed-forward "
+    "branch is added to the residual stream. Attention is right and the norm after it is not."
+).of(_block_of)(
+    lambda norm1, f1, norm2, f2: chain(norm1, _plus(_X, f1), _plus(_X, chain(norm2, f2)))
+)
+fault("residual-around-feed-forward-from-normalised").says(
+    "The feed-forward branch is added to the normalised x instead of x itself; the attention "
+    "branch is added to the residual stream. All branches of the first block are right, its output "
+    "is not."
+).of(_block_of)(
+    lambda norm1, f1, norm2, f2: chain(_plus(_X, chain(norm1, f1)), norm2, _plus(_X, f2))
+)
 fault("residual-around-attention-missing").says(
     "x = attention(norm(x)): what the stream held is lost. Attention's output is right, the norm "
     "after it is not."
@@ -104,6 +119,58 @@ fault("residual-around-feed-forward-missing").says(
     "x = feed_forward(norm(x)): what the stream held is lost. All branches of the first block are "
     "right, its output is not."
 ).of(_block_of)(lambda norm1, f1, norm2, f2: chain(_plus(_X, chain(norm1, f1)), norm2, f2))
+
+
+def _blocks_read_as(
+    fault: Fault, read: Callable[[list[Tree]], list[Tree]], back: Callable[[list[Tree]], list[Tree]]
+) -> None:
+    """Compute with other blocks; ``back`` takes their gradients to those of the blocks given."""
+
+    @fault.wraps(MAR.forward)
+    def _(old: Any, model: MAR, params: Tree, *args: Any, **options: Any) -> Any:
+        return old(model, {**params, "blocks": read(params["blocks"])}, *args, **options)
+
+    @fault.wraps(MAR.backward)
+    def _(old: Any, *args: Any, **options: Any) -> Tree:
+        grads = old(*args, **options)
+        return {**grads, "blocks": back(grads["blocks"])}
+
+    @fault.wraps(block.forward)
+    def _(old: Any, params: Tree, x: Array, **options: Any) -> Any:
+        y, cache = old(params, x, **options)
+        return y, {**cache, "params": params}
+
+    @fault.wraps(block.backward)
+    def _(old: Any, params: Tree, dy: Array, cache: Tree) -> Any:
+        return old(cache["params"], dy, cache)
+
+
+def _all_into_the_first(grads: list[Tree]) -> list[Tree]:
+    zeros = trees.map_leaves(np.zeros_like, grads[0])
+    return [trees.map_leaves(lambda *leaves: sum(leaves), *grads)] + [zeros] * (len(grads) - 1)
+
+
+_blocks_read_as(
+    fault("block-parameters-shared")
+    .sets("blocks")
+    .says(
+        "Every block computes with the parameters of the first, as in ALBERT, or as from a list "
+        "[block] * n. The first block is right. The gradients of the first are the sums of all, "
+        "the others have none."
+    ),
+    lambda blocks: blocks[:1] * len(blocks),
+    _all_into_the_first,
+)
+_blocks_read_as(
+    fault("block-order-reversed")
+    .sets("blocks")
+    .says(
+        "The last block comes first. The embedding is right, the first norm is not; blocks are "
+        "counted here as they are computed."
+    ),
+    lambda blocks: blocks[::-1],
+    lambda grads: grads[::-1],
+)
 
 
 @fault("dropout-left-on").wraps(dropout.forward)

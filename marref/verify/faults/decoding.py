@@ -76,6 +76,16 @@ fault("decode-least-confident-first").says(
 ).wraps(decoding.rank)(
     lambda old, z, masked, *args: np.where(masked, -old(z, masked, *args), -np.inf)
 )
+fault("decode-left-to-right").says(
+    "The leftmost masked positions are revealed first, whatever the confidences: the order of "
+    "language models. All confidences of the first step are right."
+).wraps(decoding.rank)(
+    lambda old, z, masked, *args: np.where(masked, -np.arange(masked.shape[1]), -np.inf)
+)
+fault("decode-count-off-by-one").says(
+    "Each step reveals one token more than the schedule says: the cut-off is the entry at index "
+    "count of the sorted confidences, counted from 0. The last step has less to do, or nothing."
+).wraps(decoding.choose)(lambda old, priority, count: old(priority, count + 1))
 fault("decode-ties-to-higher-position").says(
     "Of equal confidences the higher position is revealed first, as in Edifice. It shows only with "
     "ties: identical logits, or float32 confidences that round to 1."
@@ -142,6 +152,21 @@ early = fault("decode-cosine-early").says(
 early.replaces(decoding.check_counts)(lambda counts, num_masked, num_steps: None)
 early.of(_masked_after, schedules.cosine, falling=False)(
     lambda N, K, k: np.maximum(1, np.floor(N * np.cos(np.pi / 2 * k / max(K - 1, 1))))
+)
+without_minimum = fault("decode-cosine-without-minimum")
+without_minimum.says(
+    "Masked after step k are floor(N cos(πk/2K)), without the rule that every step reveals a token "
+    "at least: with few tokens and many steps some reveal nothing. 5 tokens in 5 steps show it."
+)
+without_minimum.replaces(decoding.check_counts)(lambda counts, num_masked, num_steps: None)
+without_minimum.of(_masked_after, schedules.cosine, falling=False)(
+    lambda N, K, k: np.floor(N * np.cos(np.pi * k / (2 * K)))
+)
+fault("decode-cosine-squared").says(
+    "Masked after step k are N cos²(πk/2K): the cosine is squared, as for the noise of diffusion "
+    "models. More is revealed in the middle, less in the last steps."
+).of(_masked_after, schedules.cosine)(
+    lambda N, K, k: np.floor(N * np.cos(np.pi * k / (2 * K)) ** 2)
 )
 fault("decode-linear-floored").says(
     "The linear schedule rounds (1 - k/K)·N down instead of to the nearest integer. Counts differ "

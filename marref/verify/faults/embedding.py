@@ -55,6 +55,13 @@ def _(params: Tree) -> Tree:
     return {"table": ramp.astype(table.dtype)}
 
 
+fault("embedding-ids-off-by-one").says(
+    "Id v has the row of v - 1, and [MASK], id 0, the last, which index -1 means: ids are counted "
+    "with [MASK] last and the table's rows with [MASK] first. The embedding differs at every "
+    "token."
+).of(with_params, embedding, back=lambda grads: {"table": np.roll(grads["table"], -1, axis=0)})(
+    lambda params: {"table": np.roll(params["table"], 1, axis=0)}
+)
 fault("embedding-mask-row-zero").says(
     "The vector of [MASK] is zero and stays so, id 0 being taken for padding. The embedding "
     "differs at masked positions and nowhere else."

@@ -60,15 +60,24 @@ class Fault:
     patches : list of Patch
         What makes marref compute it so; added by decorators.  The gradients of a fault in the
         forward pass are the derivatives of that faulty forward pass.
+    setting : str
+        The one choice that it makes otherwise, where other faults make it in yet another way: a
+        scale, an epsilon, an order.  Two of them together would be a third that nobody made.
     """
 
     name: str
     summary: str = ""
     patches: list[Patch] = dataclasses.field(default_factory=list)
+    setting: str = ""
 
     def says(self, summary: str | None) -> Self:
         """Set the summary, if there is none yet."""
         self.summary = self.summary or " ".join((summary or "").split())
+        return self
+
+    def sets(self, setting: str) -> Self:
+        """Name the choice that it makes otherwise; see ``setting``."""
+        self.setting = setting
         return self
 
     def wraps(self, seam: Callable[..., Any]) -> Callable[[Function], Function]:
@@ -102,10 +111,12 @@ class Stage(list[Fault]):
 
 
 def compatible(*faults: Fault) -> bool:
-    """Whether faults can be applied together: no seam is replaced by two of them."""
-    patches = [patch for fault in dict.fromkeys(faults) for patch in fault.patches]
+    """Whether faults can be applied together: no two replace one seam, or make one setting."""
+    different = dict.fromkeys(faults)
+    patches = [patch for fault in different for patch in fault.patches]
     replaced = [patch.seam for patch in patches if patch.replaces]
-    return len(set(replaced)) == len(replaced)
+    settings = [fault.setting for fault in different if fault.setting]
+    return len(set(replaced)) == len(replaced) and len(set(settings)) == len(settings)
 
 
 @contextlib.contextmanager
@@ -123,12 +134,14 @@ def applied(*faults: Fault) -> Iterator[None]:
     Raises
     ------
     ValueError
-        Two of the faults replace the same function; see `compatible`.
+        Two of the faults replace the same function or make the same setting; see `compatible`.
     """
     together = {**_faults_here(), **dict.fromkeys(faults)}
     if not compatible(*together):
         names = ", ".join(fault.name for fault in together if fault is not _BY_DEFINITION)
-        raise ValueError(f"faults: {names} replace the same function and exclude each other")
+        raise ValueError(
+            f"faults: {names} exclude each other: two replace one function or make one setting"
+        )
     key = object()
     try:
         with _lock:

@@ -43,20 +43,24 @@ def _normalising(fault: Fault, factors: Callable[..., Any], *, centre: bool = Tr
         return dx, old(params, dy, cache)[1]
 
 
-fault("layer-norm-epsilon-1e-6").says(
+fault("layer-norm-epsilon-1e-6").sets("layer-norm epsilon").says(
     "Epsilon is 1e-6 where the model says otherwise: Flax's default, and that of the published MAR "
     "models. A relative difference of about 5e-6 / variance in every norm: small where the "
     "variance is near 1, plain where it is small."
 ).wraps(layer_norm.forward)(lambda old, params, x, epsilon: old(params, x, 1e-6))
-fault("layer-norm-epsilon-1e-12").says(
+fault("layer-norm-epsilon-1e-12").sets("layer-norm epsilon").says(
     "Epsilon is 1e-12, as in BERT and MaskGIT. It shows like 1e-6, a little stronger, and most "
     "where a variance is small."
 ).wraps(layer_norm.forward)(lambda old, params, x, epsilon: old(params, x, 1e-12))
-fault("layer-norm-epsilon-1e-5").says(
+fault("layer-norm-epsilon-1e-5").sets("layer-norm epsilon").says(
     "Epsilon is 1e-5, the default of PyTorch and Axon, where the model says otherwise, for "
     "instance 1e-6 after the published MAR models. It shows in every norm, most where a variance "
     "is small."
 ).wraps(layer_norm.forward)(lambda old, params, x, epsilon: old(params, x, 1e-5))
+fault("layer-norm-epsilon-1e-3").sets("layer-norm epsilon").says(
+    "Epsilon is 1e-3, the default of Keras. A relative difference of about 5e-4 / variance in "
+    "every norm."
+).wraps(layer_norm.forward)(lambda old, params, x, epsilon: old(params, x, 1e-3))
 fault("layer-norm-epsilon-outside-root").says(
     "y = γ (x - μ)/(σ + ε) + β: epsilon is added to the standard deviation instead of the "
     "variance. With a variance near 1 the difference is 5e-6; where the variance is as small as "
@@ -66,6 +70,16 @@ fault("layer-norm-unbiased-variance").says(
     "The variance is divided by n - 1 instead of n: the default of torch.var and of R. Normalised "
     "features shrink by √(1 - 1/n), by the same factor everywhere."
 ).of(_normalising)(lambda v, e, n: ((v * n / (n - 1) + e) ** -0.5, n / (n - 1)))
+fault("layer-norm-unbiased-epsilon-outside-root").says(
+    "y = γ (x - μ)/(σ + ε) + β with n - 1 under the root of σ: (x - x.mean()) / (x.std() + eps), "
+    "as one writes it in PyTorch, and as the Annotated Transformer has it. Both mistakes of the "
+    "two entries before at once."
+).of(_normalising)(
+    lambda v, e, n: (
+        1 / (np.sqrt(v * n / (n - 1)) + e),
+        n / (n - 1) * (1 + e / np.sqrt(v * n / (n - 1))),
+    )
+)
 fault("layer-norm-clipped-variance").says(
     "Where the variance is below epsilon, the factor is 1/√ε instead of 1/√(σ² + ε): Axon, and so "
     "Edifice. Only positions whose features are almost equal differ, by up to 41%, and their "

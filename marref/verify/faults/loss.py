@@ -26,6 +26,20 @@ def _times(fault: Fault, factor: Callable[[Array], float]) -> None:
         return old(cache) * factor(cache["mask"])
 
 
+def _by_sequence(fault: Fault, factor: Callable[[Array], float]) -> None:
+    """Compute the sum of the means over the sequences, times factor(mask)."""
+
+    @fault.wraps(forward)
+    def _(old: Any, logits: Array, targets: Array, mask: Array) -> Any:
+        values, caches = zip(*map(old, logits, targets, mask), strict=True)
+        mask = np.asarray(mask) == 1
+        return sum(values) * factor(mask), {"mask": mask, "sequences": caches}
+
+    @fault.wraps(backward)
+    def _(old: Any, cache: Tree) -> Any:
+        return np.stack([old(each) for each in cache["sequences"]]) * factor(cache["mask"])
+
+
 fault("loss-over-all-positions").says(
     "The mean runs over all positions, masked or not, as in Halton-MaskGIT. The model sees the "
     "unmasked targets in its input, so the loss looks good and teaches little."
@@ -34,31 +48,31 @@ fault("loss-over-unmasked-positions").says(
     "The mask is taken the other way round, with 1 for what is visible. The loss soon falls to 0 "
     "and the decoder produces noise; gradients are 0 at the masked positions."
 ).wraps(forward)(lambda old, logits, targets, mask: old(logits, targets, np.asarray(mask) == 0))
-fault("loss-summed").says(
+fault("loss-summed").sets("loss denominator").says(
     "The sum over the masked positions, not their mean (reduction='sum'). Loss and gradients are "
     "larger by the number of masked positions."
 ).of(_times)(lambda mask: float(mask.sum()))
-fault("loss-over-batch-times-length").says(
+fault("loss-over-batch-times-length").sets("loss denominator").says(
     "The sum over the masked positions is divided by batch·length, masked or not, as LLaDA does "
     "after weighting with 1/p: the mean of a product with the mask. Loss and gradients are smaller "
     "by the mask ratio."
 ).of(_times)(lambda mask: float(mask.mean()))
 
-by_sequence = fault("loss-averaged-by-sequence")
-
-
-@by_sequence.wraps(forward)
-def _(old: Any, logits: Array, targets: Array, mask: Array) -> Any:
-    """A mean over each sequence and then over the batch, as in MaskGIT: a masked position of a
-    sequence with few of them weighs more. Batches whose sequences have equally many hide it."""
-    values, caches = zip(*map(old, logits, targets, mask), strict=True)
-    return sum(values) / len(values), {"mask": np.asarray(mask), "sequences": caches}
-
-
-by_sequence.wraps(backward)(
-    lambda old, cache: np.stack([old(c) for c in cache["sequences"]]) / len(cache["sequences"])
-)
-fault("loss-count-plus-1e-8").says(
+fault("loss-averaged-by-sequence").sets("loss denominator").says(
+    "A mean over each sequence and then over the batch, as in MaskGIT: a masked position of a "
+    "sequence with few of them weighs more. It is LLaDA's loss, too, where each term is divided by "
+    "the mask ratio p of its sequence, and their sum by batch·length. Batches whose sequences have "
+    "equally many hide it."
+).of(_by_sequence)(lambda mask: 1 / len(mask))
+fault("loss-averaged-by-sequence-without-empty").sets("loss denominator").says(
+    "A mean over each sequence and then over those that have masked positions: what nanmean makes "
+    "of the means. Batches in which all have some compute the mean by sequence."
+).of(_by_sequence)(lambda mask: 1 / max(int(mask.any(axis=-1).sum()), 1))
+fault("loss-over-ratio").sets("loss denominator").says(
+    "Each term is divided by the mask ratio of its sequence, as in LLaDA, and the mean is taken "
+    "over the masked positions: a mean by sequence, larger by batch·length/|M|."
+).of(_by_sequence)(lambda mask: mask.shape[-1] / max(int(mask.sum()), 1))
+fault("loss-count-plus-1e-8").sets("loss denominator").says(
     "The sum is divided by |M| + 1e-8, Edifice's guard against an empty mask. A relative "
     "difference of 1e-8/|M|: nothing in float32."
 ).of(_times)(lambda mask: float(mask.sum() / (mask.sum() + 1e-8)))
@@ -88,6 +102,24 @@ fault("loss-targets-shifted").says(
     "The target of a position is its right neighbour's, a habit from language models. The loss "
     "stays near that of guessing, since the model is asked for what it must not see."
 ).wraps(forward)(lambda old, logits, targets, mask: old(logits, np.roll(targets, -1, -1), mask))
+
+shifted = fault("loss-shifted").says(
+    "The logits of a position are held against its right neighbour's target, if that is masked: "
+    "logits[:, :-1] with targets[:, 1:] and mask[:, 1:], the shift of language models. What is "
+    "masked at position 0 has no part, and the last position no gradient."
+)
+shifted.wraps(forward)(
+    lambda old, logits, targets, mask: old(
+        np.asarray(logits)[..., :-1, :], np.asarray(targets)[..., 1:], np.asarray(mask)[..., 1:]
+    )
+)
+
+
+@shifted.wraps(backward)
+def _(old: Any, cache: Tree) -> Any:
+    dlogits = old(cache)
+    return np.concatenate([dlogits, np.zeros_like(dlogits[..., :1, :])], axis=-2)
+
 
 twice = fault("loss-softmax-twice")
 

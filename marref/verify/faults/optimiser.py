@@ -1,13 +1,15 @@
 """Faults of Adam and clipping."""
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 from marref import checks, trees
-from marref.optim import clip_by_global_norm, update
+from marref.model import MAR
+from marref.optim import clip_by_global_norm, step, update
 from marref.trees import Array, Tree
 from marref.verify.faults.fault import Fault, Stage
 
@@ -25,13 +27,14 @@ def _with_settings(fault: Fault, changed: Callable[[Array, Any], dict[str, float
 
 
 # Which is right in the end, where βᵗ is 0.
-fault("adam-without-bias-correction").says(
+fault("adam-without-bias-correction").sets("adam step count").says(
     "m and v are used as they are, though they start at 0. The first step is larger by "
     "(1 - β₁)/√(1 - β₂) = 3.16, later ones come closer."
 ).of(_with_settings)(lambda param, settings: {"t": math.inf})
 
 # NaN is what it computes: the checks against NaN must let it through.
-from_zero = fault("adam-step-from-zero").says(
+from_zero = fault("adam-step-from-zero").sets("adam step count")
+from_zero.says(
     "The first step is corrected with t = 0, where 1 - βᵗ = 0: every parameter is NaN after it."
 )
 from_zero.of(_with_settings)(lambda param, settings: {"t": settings["t"] - 1})
@@ -44,7 +47,7 @@ def _(old: Any, grads: Tree, max_norm: float) -> Any:
     return old(grads, max_norm) if finite else (grads, math.nan)
 
 
-fault("adam-step-ahead").says(
+fault("adam-step-ahead").sets("adam step count").says(
     "The count is one ahead, t = 2 in the first step: it is raised twice, or before an optimiser "
     "that raises it too. The first step is smaller by a quarter, and the difference fades."
 ).of(_with_settings)(lambda param, settings: {"t": settings["t"] + 1})
@@ -67,9 +70,13 @@ fault("adam-epsilon-before-correction").says(
     "section 2, with the same ε. It is that of TensorFlow. Epsilon is larger by 1/√(1 - β₂ᵗ), 32 "
     "times in the first step, and only small gradients show it."
 ).of(_with_settings)(lambda _, s: {"epsilon": s["epsilon"] * (1 - s["beta2"] ** s["t"]) ** -0.5})
-fault("adam-epsilon-1e-7").says(
+fault("adam-epsilon-1e-7").sets("adam epsilon").says(
     "Epsilon is 1e-7, the default of Keras, instead of 1e-8. Only small gradients show it."
 ).of(_with_settings)(lambda param, settings: {"epsilon": 1e-7})
+fault("adam-epsilon-1e-6").sets("adam epsilon").says(
+    "Epsilon is 1e-6, once the default of AdamW in Hugging Face's transformers, instead of 1e-8. "
+    "Only small gradients show it."
+).of(_with_settings)(lambda param, settings: {"epsilon": 1e-6})
 fault("adam-beta2-0.95").says(
     "β₂ is 0.95, usual for large language models, instead of 0.999. The first step is the same, "
     "whatever β₂ is."
@@ -99,12 +106,36 @@ fault("adam-decay-of-kernels-only").says(
 ).of(_with_settings)(lambda param, settings: {"weight_decay": 0.0} if param.ndim == 1 else {})
 
 
-@fault("clip-each-array").wraps(clip_by_global_norm)
+def _clipped_together(fault: Fault, array_of: Callable[[str], str]) -> None:
+    """Clip the gradients that lie in one array by their own norm."""
+
+    @fault.wraps(clip_by_global_norm)
+    def _(old: Any, grads: Tree, max_norm: float) -> Any:
+        norm, leaves = old(grads, max_norm)[1], trees.flatten(grads)
+        for array in {array_of(name) for name in leaves}:
+            inside = [name for name in leaves if array_of(name) == array]
+            clipped, _ = old({"leaves": [leaves[name] for name in inside]}, max_norm)
+            leaves |= dict(zip(inside, clipped["leaves"], strict=True))
+        return trees.unflatten(leaves), norm
+
+
+fault("clip-each-array").says(
+    "Each array is clipped by its own norm instead of the norm of all: the direction of the "
+    "gradient changes, and small arrays escape clipping."
+).of(_clipped_together)(lambda name: name)
+fault("clip-each-fused-array").says(
+    "Each array is clipped by its own norm, and query, key and value are one array, as in "
+    "torch.nn.MultiheadAttention: they share a norm, the others do not."
+).of(_clipped_together)(lambda name: re.sub(r"\.(query|key|value)\.", ".fused.", name))
+
+
+@fault("clip-without-1e-6").wraps(clip_by_global_norm)
 def _(old: Any, grads: Tree, max_norm: float) -> Any:
-    """Each array is clipped by its own norm instead of the norm of all: the direction of the
-    gradient changes, and small arrays escape clipping."""
-    clipped = trees.map_leaves(lambda leaf: old({"leaf": leaf}, max_norm)[0]["leaf"], grads)
-    return clipped, old(grads, max_norm)[1]
+    """The factor is max_norm/‖g‖, without PyTorch's 1e-6 beside the norm, as in
+    optax.clip_by_global_norm. Adam divides most of it away: nothing in float32."""
+    _, norm = old(grads, max_norm)
+    factor = max_norm / max(norm, max_norm)
+    return trees.map_leaves(lambda leaf: leaf * factor, grads), norm
 
 
 @fault("clip-values").replaces(clip_by_global_norm)
@@ -113,3 +144,31 @@ def _(grads: Tree, max_norm: float) -> tuple[Tree, float]:
     together."""
     clipped = trees.map_leaves(lambda leaf: leaf.clip(-max_norm, max_norm), grads)
     return clipped, math.hypot(*(np.linalg.norm(leaf) for leaf in trees.flatten(grads).values()))
+
+
+class _WithGradients(dict[str, Any]):
+    """Parameters that keep the gradients of the step that made them, as PyTorch's do."""
+
+    grads: Tree
+
+
+not_zeroed = fault("gradients-not-zeroed")
+
+
+@not_zeroed.wraps(MAR.backward)
+def _(old: Any, model: MAR, params: Tree, dlogits: Array, cache: Tree) -> Tree:
+    """Gradients are added to those of the step before: optimizer.zero_grad() was forgotten. The
+    first step is right; with a batch that repeats itself the second has twice its gradient, which
+    Adam hardly minds, and with clipping the clipped one and a new one."""
+    grads: Tree = old(model, params, dlogits, cache)
+    if isinstance(params, _WithGradients):
+        grads = trees.map_leaves(np.add, params.grads, grads)
+    return grads
+
+
+@not_zeroed.wraps(step)
+def _(old: Any, params: Tree, grads: Tree, *args: Any, **options: Any) -> tuple[Tree, Tree]:
+    params, state = old(params, grads, *args, **options)
+    stepped = _WithGradients(params)
+    stepped.grads = grads
+    return stepped, state
