@@ -80,13 +80,19 @@ def _add_compare(commands: Any) -> None:
         description="Compare arrays with golden vectors, within derived budgets of rounding.",
     )
     compare.add_argument("golden", help="golden vectors: a file, or tiny, which ships")
-    compare.add_argument("yours", help=".npz or .safetensors file, or a folder of .npy files")
+    compare.add_argument(
+        "yours", nargs="+", help=".npz or .safetensors files, or folders of these or .npy files"
+    )
     compare.add_argument(
         "--dtype",
         help="your precision, if your arrays do not say it: float64, float32, float16, bfloat16, "
         "or tf32, fp16-mixed, bf16-mixed (in matrix products only)",
     )
-    compare.add_argument("--names", help="torch, flax, axon, or a JSON file: your name -> ours")
+    compare.add_argument(
+        "--names",
+        help="torch, flax, axon, a JSON file (your names -> ours), or auto: by the parameters",
+    )
+    compare.add_argument("--write-names", metavar="FILE", help="with --names auto: keep the map")
     compare.add_argument(
         "--diagnose", action="store_true", help="name the known mistakes that explain it"
     )
@@ -126,14 +132,19 @@ def _golden(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from marref import files
-    from marref.verify import comparison, diagnosis, golden
+    from marref.interop import maps
+    from marref.verify import comparison, diagnosis, golden, names
 
     path = golden.shipped("tiny") if arguments.golden == "tiny" else arguments.golden
     golden_vectors = comparison.Golden(*files.load(path))
-    arrays, _ = files.load(arguments.yours)
-    if arguments.names:
-        arrays = comparison.renamed(arrays, arguments.names)
-    precision = arguments.dtype
+    renamed = names.rename(golden_vectors, files.load_all(arguments.yours), arguments.names)
+    for note in renamed.notes:
+        print(f"names: {note}", file=sys.stderr)
+    if arguments.write_names:
+        if renamed.name_map is None:
+            raise ValueError("--write-names: expected --names auto beside it")
+        maps.write(arguments.write_names, renamed.name_map)
+    arrays, precision = renamed.arrays, arguments.dtype
     report: comparison.Comparison | diagnosis.Diagnosis
     if arguments.diagnose:
         report = diagnosis.diagnose(golden_vectors, arrays, precision)

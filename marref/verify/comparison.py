@@ -15,10 +15,8 @@ import contextlib
 import dataclasses
 import json
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -39,7 +37,7 @@ MULTIPLE = 8.0
 """Budget over error.  See docs/cross-checking.md for its derivation and measurement."""
 
 _NUM_RUNS = 5
-_PARAMETER_SECTION = re.compile(r"(params|gradients|(adam|adamw|clipped)/\d+)/")
+_SHOWN = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,13 +218,22 @@ class Golden:
         """Raise unless every array has the name and shape of a golden one, and holds numbers."""
         if not arrays:
             raise ValueError("arrays: none, expected at least one of the golden arrays")
-        for name, array in arrays.items():
-            if name not in self.arrays:
-                raise ValueError(f"arrays: {checks.unknown_name(name, self.arrays)}")
-            checks.shape(f"arrays: {name}", np.asarray(array), self.arrays[name].shape)
-            if np.asarray(array).dtype.kind not in "fiub":
-                dtype = np.asarray(array).dtype
-                raise TypeError(f"arrays: {name} has dtype {dtype}, expected numbers")
+        faults = [fault for name, array in arrays.items() if (fault := self._fault(name, array))]
+        if faults:
+            more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+            raise ValueError("arrays: " + "; ".join(faults[:_SHOWN]) + more)
+
+    def _fault(self, name: str, array: Array) -> str | None:
+        """Say why an array cannot be compared, if so."""
+        if name not in self.arrays:
+            return checks.unknown_name(name, self.arrays)
+        shape, expected = np.shape(array), self.arrays[name].shape
+        if shape != expected:
+            hint = ": transposed?" if sorted(shape) == sorted(expected) else ""
+            return f"{name} has shape {list(shape)}, expected {list(expected)}{hint}"
+        if np.asarray(array).dtype.kind not in "fiub":
+            return f"{name} has dtype {np.asarray(array).dtype}, expected numbers"
+        return None
 
     def stages(
         self, names: Mapping[str, Any], params: Tree | None = None
@@ -488,42 +495,6 @@ def _smoothed(
         # No array of the size of the golden one could be further away: nothing is decided.
         allowed[name] = budget if budget < 2.0 * largest[name] else math.inf
     return allowed
-
-
-def renamed(arrays: Mapping[str, Array], names: str) -> dict[str, Array]:
-    """Translate an implementation's names and layouts into marref's.
-
-    Parameters
-    ----------
-    arrays : dict of str to array
-        Parameter-like sections (``params/``, ``gradients/``, ``adam/1/``, …) hold the
-        framework's own names after the prefix; other names are left as they are.
-    names : str
-        ``"torch"``, ``"flax"``, ``"axon"`` (see `marref.interop`), or a JSON file that maps your
-        names to golden names.
-
-    Returns
-    -------
-    dict of str to array
-    """
-    from marref import interop
-
-    frameworks = {"torch": interop.torch, "flax": interop.flax, "axon": interop.axon}
-    if names not in frameworks:
-        table = json.loads(Path(names).read_text("utf-8"))
-        return {table.get(name, name): array for name, array in arrays.items()}
-    sections: dict[str, dict[str, Array]] = {}
-    translated: dict[str, Array] = {}
-    for name, array in arrays.items():
-        prefix = _PARAMETER_SECTION.match(name)
-        if prefix:
-            sections.setdefault(prefix[0], {})[name[prefix.end() :]] = array
-        else:
-            translated[name] = array
-    for section, named in sections.items():
-        for name, array in frameworks[names].to_names(named).items():
-            translated[section + name] = array
-    return translated
 
 
 def crosscheck(
