@@ -70,6 +70,15 @@ def _add_golden(commands: Any) -> None:
     )
     golden.add_argument("--seed", type=_not_negative, default=0, help="default: 0")
     golden.add_argument("--dtype", choices=("float64", "float32"), default="float64")
+    own = golden.add_argument_group("of a model of your own")
+    own.add_argument("--params", metavar="FILE", help="its parameters, in place of a preset's")
+    own.add_argument("--names", help="of the parameters: torch, flax, axon, or a JSON file")
+    own.add_argument(
+        "--tokens", metavar="FILE", help="a batch: .npy, or .npz with tokens and, if given, mask"
+    )
+    own.add_argument(
+        "--activations", nargs="+", default=("*",), metavar="PATTERN", help="keep these only"
+    )
     golden.set_defaults(run=_golden)
 
 
@@ -116,15 +125,36 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _golden(arguments: argparse.Namespace) -> int:
     from marref import files
-    from marref.verify import golden
+    from marref.verify import checkpoint, golden
 
     if arguments.where:
         print(golden.shipped(arguments.out))
         return 0
     files.check_suffix("out", arguments.out)
-    changes = json.loads(arguments.config or "{}")
-    model = dataclasses.replace(golden.PRESETS[arguments.preset], **changes)
-    arrays, metadata = golden.make(model, arguments.seed, arguments.dtype)
+    config = json.loads(arguments.config or "{}")
+    if arguments.params:
+        model, params, batch, notes = checkpoint.load(
+            arguments.params,
+            names_of=arguments.names,
+            config=config,
+            tokens=arguments.tokens,
+            seed=arguments.seed,
+        )
+        for note in notes:
+            print(f"names: {note}", file=sys.stderr)
+    elif arguments.names or arguments.tokens:
+        raise ValueError("--names and --tokens: expected --params beside them")
+    else:
+        model = dataclasses.replace(golden.PRESETS[arguments.preset], **config)
+        params, batch = golden.draw(model, arguments.seed)
+    arrays, metadata = golden.make_from(
+        model,
+        params,
+        batch,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        activations=arguments.activations,
+    )
     files.save(arguments.out, arrays, metadata)
     print(f"{arguments.out}: {len(arrays)} arrays of {arguments.dtype}")
     return 0

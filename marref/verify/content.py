@@ -104,8 +104,8 @@ class _Matcher:
         self.num_heads = num_heads
         self.all_ours = dict(ours)
         self.all_yours = {name: a for name, a in yours.items() if a.dtype.kind == "f" and a.size}
-        self.left_ours = {name for name, a in self.all_ours.items() if not _is_constant(a)}
-        self.left_yours = [name for name, a in self.all_yours.items() if not _is_constant(a)]
+        self.left_ours = {name for name, a in self.all_ours.items() if not is_constant(a)}
+        self.left_yours = [name for name, a in self.all_yours.items() if not is_constant(a)]
         self.entries: list[Entry] = []
         self.rounded = functools.cache(self._rounded)
         self.whole = functools.cache(lambda precision: _by_hash(self.rounded(precision), 1))
@@ -146,7 +146,7 @@ class _Matcher:
     def match_tied(self) -> None:
         """Match what is left of the parameters to arrays that have been matched already."""
         for name, array in self.all_yours.items():
-            if self.left_ours and name not in self.left_yours and not _is_constant(array):
+            if self.left_ours and name not in self.left_yours and not is_constant(array):
                 any(
                     len(found.pieces) == 1 and self._settle([found], precision)
                     for precision in _precisions(array)
@@ -155,9 +155,9 @@ class _Matcher:
 
     def match_constants(self) -> None:
         """Match constant arrays by what has been matched under the same name but its end."""
-        left = {name: a for name, a in self.all_ours.items() if _is_constant(a)}
+        left = {name: a for name, a in self.all_ours.items() if is_constant(a)}
         for name, array in self.all_yours.items():
-            if not _is_constant(array):
+            if not is_constant(array):
                 continue
             for beside in [e for e in self.entries if _stem(e.yours[0]) == _stem(name)]:
                 wanted = [_sibling(other) for other in beside.ours]
@@ -166,7 +166,7 @@ class _Matcher:
                 if (
                     len(known) == len(wanted)
                     and size == array.size
-                    and _is_constant(np.concatenate([array.reshape(-1)[:1], *known]))
+                    and is_constant(np.concatenate([array.reshape(-1)[:1], *known]))
                 ):
                     entry = self._constant_entry(name, wanted, beside)
                     self.entries += [entry] if entry else []
@@ -414,7 +414,8 @@ def _holds(array: Array, precision: str) -> bool:
     return np.array_equal(narrow.astype(array.dtype), array)
 
 
-def _is_constant(array: Array) -> bool:
+def is_constant(array: Array) -> bool:
+    """Whether all entries are equal, so that there is nothing to be told by."""
     return bool((array == array.flat[0]).all()) if array.size else True
 
 

@@ -304,6 +304,10 @@ def _by_content(golden_vectors: Golden, named: dict[str, Array], notes: list[str
     )
     notes += _layouts(name_map.entries)
     missing = [name for name in ours if name not in found]
+    constant = [name for name in missing if content.is_constant(ours[name])]
+    if constant:
+        notes.append(f"constant, so that they cannot be told by content: {_listed(constant)}")
+    missing = [name for name in missing if name not in constant]
     if missing:
         notes.append(f"not found among yours: {_listed(missing)}")
     return name_map
