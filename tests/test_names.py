@@ -7,10 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from marref import files, interop, trees
+from marref import cli, files, interop, training, trees
 from marref.interop import maps
 from marref.verify import golden
-from marref.verify.comparison import Golden
+from marref.verify.comparison import Golden, compare
 from marref.verify.names import rename
 from marref.verify.rounding import round_to
 
@@ -517,3 +517,187 @@ def test_two_of_yours_that_are_one_of_marrefs_are_an_error(tiny, tmp_path):
     arrays = dict.fromkeys("ab", tiny.arrays["params/head.bias"])
     with pytest.raises(ValueError, match=r"two of them are head\.bias"):
         rename(tiny, arrays, str(path))
+
+
+def test_the_command_tells_what_it_found_and_keeps_the_map(tiny, tmp_path, capsys):
+    arrays = saved(tiny, nano_gpt, sections=["params/", "gradients/"])
+    files.save(tmp_path / "mine.npz", arrays, {})
+    arguments = ["compare", "tiny", str(tmp_path / "mine.npz"), "--names"]
+    kept = tmp_path / "names.json"
+    assert cli.main([*arguments, "auto", "--write-names", str(kept)]) == 0
+    printed = capsys.readouterr()
+    assert "all 74 arrays agree" in printed.out
+    assert printed.err.startswith(
+        "names: 29 of your arrays are 37 of 37 parameters, by content\n"
+        "names: transformer.h.{i}.attn.c_attn.weight = "
+        "blocks.{i}.attention.{query, key, value}.kernel: split 0, transpose\n"
+    )
+    assert json.loads(kept.read_text("utf-8"))["transformer.wte.weight"] == "embedding.table"
+    assert cli.main([*arguments, str(kept)]) == 0
+    assert capsys.readouterr().err == ""
+    assert cli.main([*arguments, "torch", "--write-names", str(kept)]) == 2
+
+
+def test_files_may_be_several_or_folders_of_shards(tiny, tmp_path, capsys):
+    arrays = saved(tiny, nano_gpt, sections=["params/", "gradients/"])
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    names = list(arrays)
+    files.save(folder / "model-1-of-2.npz", {n: arrays[n] for n in names[:20]}, {})
+    files.save(folder / "model-2-of-2.npz", {n: arrays[n] for n in names[20:40]}, {})
+    (folder / "gradients").mkdir()
+    for name in names[40:]:
+        np.save(folder / f"{name}.npy", arrays[name])
+    index = {"weight_map": {"a": "model-1-of-2.npz", "b": "model-2-of-2.npz"}}
+    (folder / "model.index.json").write_text(json.dumps(index))
+    files.save(tmp_path / "loss.npz", {"loss": tiny.arrays["loss"]}, {})
+    paths = [str(folder), str(tmp_path / "loss.npz")]
+    assert cli.main(["compare", "tiny", *paths, "--names", "auto"]) == 0
+    assert "all 75 arrays agree" in capsys.readouterr().out
+
+    assert cli.main(["compare", "tiny", *paths, paths[1], "--names", "auto"]) == 2
+    assert "has loss, which another file has too" in capsys.readouterr().err
+    (folder / "model-2-of-2.npz").unlink()
+    assert cli.main(["compare", "tiny", *paths, "--names", "auto"]) == 2
+    assert "names model-2-of-2.npz, which is not there" in capsys.readouterr().err
+
+
+def test_an_array_of_nothing_is_named(tmp_path, capsys):
+    np.savez(tmp_path / "mine.npz", **{"loss": np.ones(()), "gradients/wpe": np.array(None)})
+    assert cli.main(["compare", "tiny", str(tmp_path / "mine.npz")]) == 2
+    printed = capsys.readouterr().err
+    assert "gradients/wpe holds Python objects" in printed
+    assert printed.count("\n") == 1
+
+
+def test_all_misshapen_arrays_are_listed(tiny, tmp_path, capsys):
+    arrays = {n: a.T for n, a in tiny.arrays.items() if n.startswith("gradients/")}
+    files.save(tmp_path / "mine.npz", arrays, {})
+    assert cli.main(["compare", "tiny", str(tmp_path / "mine.npz")]) == 2
+    printed = capsys.readouterr().err
+    assert "up.kernel has shape [24, 6], expected [6, 24]: transposed?" in printed
+    assert printed.count("transposed?") == 6
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A trained model's file, as PyTorch, Flax or marref would have written it."""
+    model = golden.PRESETS["tiny"]
+    params, _ = golden.draw(model, seed=3)
+
+    def write(names):
+        path = tmp_path / f"{names}.npz"
+        if names == "save_model":
+            training.save_model(path, model, params)
+        elif names == "flax":
+            state = trees.flatten(interop.flax.to_variables(params, model.num_heads))
+            files.save(path, state, {})
+        elif names == "torch":
+            files.save(path, interop.torch.to_state_dict(params), {})
+        else:
+            files.save(path, trees.flatten(params), {})
+        return path
+
+    return model, params, write
+
+
+@pytest.mark.parametrize("names", ["save_model", "torch", "flax", "own"])
+def test_golden_vectors_of_a_checkpoint_and_a_batch(checkpoint, names, tmp_path, capsys):
+    model, params, write = checkpoint
+    tokens = np.random.default_rng(0).integers(1, 7, (3, 5))
+    np.save(tmp_path / "tokens.npy", tokens)
+    out = tmp_path / "golden.npz"
+    options = ["--names", names] if names in ("torch", "flax") else []
+    if names in ("torch", "own"):
+        options += ["--config", '{"num_heads": 2}']
+    options += ["--params", str(write(names)), "--tokens", str(tmp_path / "tokens.npy")]
+    options += ["--activations", "logits", "blocks.0.*"]
+    status = cli.main(["golden", str(out), *options])
+    assert status == 0, capsys.readouterr().err
+    vectors = Golden(*files.load(out))
+    assert vectors.model == model
+    np.testing.assert_array_equal(vectors.arrays["input/targets"], tokens)
+    np.testing.assert_array_equal(vectors.arrays["input/mask"].sum(axis=1), [4, 2, 1])
+    logits, _ = model.forward(params, vectors.arrays["input/tokens"])
+    np.testing.assert_array_equal(vectors.arrays["activations/logits"], logits)
+    kept = [name for name in vectors.arrays if name.startswith("activations/")]
+    assert len(kept) == 13
+    assert all("blocks.0." in name or name.endswith("logits") for name in kept)
+    forward = {n: a for n, a in vectors.arrays.items() if n in kept or n == "loss"}
+    assert compare(vectors, forward).agrees
+
+
+def test_a_mask_of_ones_own_is_kept(checkpoint, tmp_path):
+    _, _, write = checkpoint
+    mask = np.array([[True, False, True, False, False]])
+    tokens = np.array([[1, 2, 3, 4, 5]])
+    files.save(tmp_path / "batch.npz", {"tokens": tokens, "mask": mask}, {})
+    out = tmp_path / "golden.npz"
+    arguments = ["--params", str(write("save_model")), "--tokens", str(tmp_path / "batch.npz")]
+    assert cli.main(["golden", str(out), *arguments]) == 0
+    arrays, _ = files.load(out)
+    np.testing.assert_array_equal(arrays["input/mask"], mask)
+    np.testing.assert_array_equal(arrays["input/tokens"], [[0, 2, 0, 4, 5]])
+
+
+def test_a_map_that_was_found_serves_the_checkpoint_that_was_trained(tmp_path, tiny, checkpoint):
+    model, params, _ = checkpoint
+    found = rename(tiny, saved(tiny, per_head_fused), "auto").name_map
+    maps.write(tmp_path / "names.json", found)
+    trained = per_head_fused(trees.flatten(params), model)
+    wrapped = {f"module.{name}": array for name, array in trained.items() if "norm" not in name}
+    wrapped |= {f"module.{name}": array for name, array in trained.items() if "norm" in name}
+    files.save(tmp_path / "trained.npz", wrapped, {})
+    config = ["--config", '{"num_heads": 2, "seq_len": 5}']
+    arguments = ["--params", str(tmp_path / "trained.npz"), *config]
+    out = tmp_path / "golden.npz"
+    names = ["--names", str(tmp_path / "names.json")]
+    assert cli.main(["golden", str(out), *arguments, *names]) == 0
+    arrays, _ = files.load(out)
+    for name, leaf in trees.flatten(params).items():
+        np.testing.assert_array_equal(arrays[f"params/{name}"], leaf)
+
+
+def test_absent_biases_are_0_and_an_absent_head_is_tied(checkpoint, tmp_path, capsys):
+    _, params, _ = checkpoint
+    leaves = {n: a for n, a in trees.flatten(params).items() if not n.endswith("bias")}
+    del leaves["head.kernel"]
+    files.save(tmp_path / "bare.npz", leaves, {})
+    out = tmp_path / "golden.npz"
+    config = ["--config", '{"num_heads": 2, "seq_len": 5}']
+    assert cli.main(["golden", str(out), "--params", str(tmp_path / "bare.npz"), *config]) == 0
+    arrays, _ = files.load(out)
+    assert not arrays["params/blocks.0.attention.query.bias"].any()
+    np.testing.assert_array_equal(arrays["params/head.kernel"], leaves["embedding.table"].T)
+    assert "head.kernel (tied to the embedding's table)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--names", "auto"], "received auto, which matches golden parameters"),
+        ([], "config: num_heads is missing"),
+        (["--config", '{"num_heads": 2}'], "config: seq_len is missing"),
+        (["--config", '{"num_heads": 4, "seq_len": 5}'], "expected a multiple of num_heads"),
+        (["--config", '{"num_heads": 2, "seq_len": 5, "num_layers": 3}'], "blocks.2."),
+        (["--names", "torch"], "not known: embedding.table, blocks.0."),
+        (["--config", '{"num_heads": 2, "seq_len": 5}', "--activations", "x"], "activations"),
+    ],
+)
+def test_checkpoints_that_cannot_be_read_are_told_why(
+    checkpoint, tmp_path, capsys, options, message
+):
+    _, _, write = checkpoint
+    out = tmp_path / "golden.npz"
+    assert cli.main(["golden", str(out), "--params", str(write("own")), *options]) == 2
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
+    assert not out.exists()
+
+
+def test_golden_vectors_are_not_written_under_the_name_of_another_format(tmp_path, capsys):
+    assert cli.main(["golden", str(tmp_path / "x.pt")]) == 2
+    assert "expected a name that ends in .npz or .safetensors" in capsys.readouterr().err
+    assert cli.main(["golden", str(tmp_path / "x.npz"), "--tokens", "t.npy"]) == 2
+    assert "expected --params" in capsys.readouterr().err

@@ -75,15 +75,18 @@ def load(
     given = _batch_of(tokens) if tokens else {}
     said = {**metadata.get("model", metadata.get("config", {})), **(config or {})}
     parameters, notes = names.to_parameters(arrays, names_of, said.get("num_layers"))
-    known = {**_sizes(parameters, arrays, names_of, given), **said}
-    for name in ("num_heads", "seq_len"):
-        if name not in known:
-            raise ValueError(f"config: {name} is missing, and the shapes do not say it")
-    model = MAR(**known)
-    absent = _fill(model, parameters)
+    try:
+        known = {**_sizes(parameters, arrays, names_of, given), **said}
+        for name in ("num_heads", "seq_len"):
+            if name not in known:
+                raise ValueError(f"config: {name} is missing, and the shapes do not say it")
+        model = MAR(**known)
+        absent = _fill(model, parameters)
+        params = trees.unflatten({name: a.astype(np.float64) for name, a in parameters.items()})
+        trees.check_like("params", params, model.parameter_shapes)
+    except ValueError as error:
+        raise ValueError("; ".join([str(error), *notes])) from error
     notes = (*notes, *([f"absent: {', '.join(absent)}"] if absent else []))
-    params = trees.unflatten({name: a.astype(np.float64) for name, a in parameters.items()})
-    trees.check_like("params", params, model.parameter_shapes)
     return model, params, _masked(given, model, np.random.default_rng(seed)), notes
 
 

@@ -270,6 +270,8 @@ def make_from(
         if not name.startswith(("activations/", "activation_gradients/"))
         or any(fnmatch.fnmatchcase(name.split("/")[1], pattern) for pattern in activations)
     }
+    if not any(name.startswith("activations/") for name in arrays):
+        raise ValueError(f"activations: none is called {' or '.join(activations)}")
     metadata = {
         "format": "marref golden vectors 1",
         "config": dataclasses.asdict(model),
