@@ -3,6 +3,8 @@
 import dataclasses
 import functools
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -368,7 +370,10 @@ def test_a_tied_head_is_found_and_its_gradients_are_left_out():
     assert_golden(tied, rename(tied, apart, "auto"), ["params/", "gradients/"])
 
 
-@pytest.mark.parametrize("layout", [nano_gpt, LAYOUTS["interleaved [heads, 3, head_dim]"]])
+@pytest.mark.parametrize(
+    "layout",
+    [nano_gpt, LAYOUTS["interleaved [heads, 3, head_dim]"], flax_dense_general, scanned_fused],
+)
 def test_biases_that_are_all_0_have_the_layout_of_what_is_beside_them(layout):
     """And norms' biases too; arrays of ones and zeros alone cannot be told."""
     vectors = changed(
@@ -390,6 +395,37 @@ def test_constant_arrays_with_nothing_to_be_told_by_are_listed():
     assert "params/blocks.0.attention_norm.scale" not in renamed.arrays
     assert any("transformer.h.0.ln_1.weight" in note for note in renamed.notes)
     assert any("cannot be told" in note for note in renamed.notes)
+
+
+def test_a_constant_kernel_has_no_layout_to_be_told_by():
+    name = "params/blocks.0.attention.output.kernel"
+    vectors = changed(made("tiny"), lambda other, array: array * 0 if other == name else array)
+    renamed = rename(vectors, saved(vectors, nano_gpt), "auto")
+    assert name not in renamed.arrays
+    assert any("cannot be told" in note and name[7:] in note for note in renamed.notes)
+
+
+def test_the_map_of_the_page_is_read_and_applied(tiny, tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "interop.md").read_text("utf-8")
+    whole, based = re.findall(r"^```json\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (tmp_path / "names.json").write_text(whole, "utf-8")
+    leaves = leaves_of(tiny, "params/")
+    mine = {"wte.weight": leaves["embedding.table"]}
+    for i in range(2):
+        ours, theirs = f"blocks.{i}.", f"h.{i}."
+        mine[f"{theirs}ln_1.weight"] = leaves[f"{ours}attention_norm.scale"]
+        mine[f"{theirs}attn.c_attn.weight"] = np.concatenate(qkv(leaves, ours), 1).T
+        heads = np.split(leaves[f"{ours}attention.output.kernel"].T, 2, 1)
+        for head, piece in enumerate(heads):
+            mine[f"{theirs}attn.heads.{head}.out.weight"] = piece
+    up = [leaves[f"blocks.{i}.feed_forward.up.kernel"] for i in range(2)]
+    mine["mlp.up.kernel"] = np.stack(up)
+    renamed = rename(tiny, mine, str(tmp_path / "names.json"))
+    assert len(renamed.arrays) == 1 + 2 * 6
+    for name, array in renamed.arrays.items():
+        np.testing.assert_array_equal(array, tiny.arrays[name], err_msg=name)
+    (tmp_path / "based.json").write_text(based, "utf-8")
+    assert maps.read(tmp_path / "based.json").base == "torch"
 
 
 def test_arrays_of_unknown_names_are_ignored_with_a_warning(tiny):

@@ -218,22 +218,29 @@ class Golden:
         """Raise unless every array has the name and shape of a golden one, and holds numbers."""
         if not arrays:
             raise ValueError("arrays: none, expected at least one of the golden arrays")
-        faults = [fault for name, array in arrays.items() if (fault := self._fault(name, array))]
+        faults = [
+            fault
+            for name, array in arrays.items()
+            if (fault := self._fault(name, np.asarray(array)))
+        ]
+        unknown = [name for name in arrays if name not in self.arrays]
+        # To look for what is nearest takes its time.
+        faults += [checks.unknown_name(name, self.arrays) for name in unknown[:1]]
+        faults += [f"{name!r} is unknown" for name in unknown[1:]]
         if faults:
             more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
             raise ValueError("arrays: " + "; ".join(faults[:_SHOWN]) + more)
 
     def _fault(self, name: str, array: Array) -> str | None:
-        """Say why an array cannot be compared, if so."""
+        """Say why an array of a known name cannot be compared, if so."""
         if name not in self.arrays:
-            return checks.unknown_name(name, self.arrays)
-        shape, expected = np.shape(array), self.arrays[name].shape
-        if shape != expected:
-            hint = ": transposed?" if sorted(shape) == sorted(expected) else ""
-            return f"{name} has shape {list(shape)}, expected {list(expected)}{hint}"
-        if np.asarray(array).dtype.kind not in "fiub":
-            return f"{name} has dtype {np.asarray(array).dtype}, expected numbers"
-        return None
+            return None
+        expected = self.arrays[name].shape
+        if array.shape != expected:
+            hint = ": transposed?" if sorted(array.shape) == sorted(expected) else ""
+            return f"{name} has shape {list(array.shape)}, expected {list(expected)}{hint}"
+        known = array.dtype.kind in "fiub"
+        return None if known else f"{name} has dtype {array.dtype}, expected numbers"
 
     def stages(
         self, names: Mapping[str, Any], params: Tree | None = None

@@ -19,9 +19,10 @@ import dataclasses
 import functools
 import itertools
 import math
+import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +53,10 @@ class _Piece:
     parts: int = 1
     axis: int = 0
     index: int = 0
+
+
+_Index: TypeAlias = dict[int, dict[int, list[_Piece]]]
+"""Pieces by size and hash."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,21 +118,18 @@ class _Matcher:
     def match_whole(self) -> None:
         """Match arrays that hold one or several whole parameters."""
         for name in list(self.left_yours):
-            any(
-                self._settle([found], precision)
-                for precision in _precisions(self.all_yours[name])
-                for found in self._cuts(name, self.whole(precision))
-            )
+            self._settle_first(name, len(self.all_ours))
+
+    def match_tied(self) -> None:
+        """Match what is left of the parameters to arrays that have been matched already."""
+        for name, array in self.all_yours.items():
+            if self.left_ours and name not in self.left_yours and not is_constant(array):
+                self._settle_first(name, 1)
 
     def match_parts(self) -> None:
         """Match several arrays that hold one or several parameters together."""
         families: dict[tuple[Any, ...], dict[int, _Found]] = {}
-        index = functools.cache(
-            lambda precision: _by_hash(
-                {name: self.rounded(precision)[name] for name in self.left_ours},
-                len(self.left_yours),
-            )
-        )
+        index = functools.cache(self._index_of_parts)
         for name in self.left_yours:
             for precision in _precisions(self.all_yours[name]):
                 for found in self._cuts(name, index(precision)):
@@ -135,43 +137,37 @@ class _Matcher:
                     parts, axis, place = kinds.pop()
                     if not kinds and parts > 1:
                         names = tuple(piece.name for piece in found.pieces)
-                        family = families.setdefault(
-                            (precision, names, found.grid, parts, axis), {}
-                        )
-                        family[place] = found
+                        kind = (precision, names, found.grid, parts, axis)
+                        families.setdefault(kind, {})[place] = found
         for (precision, _, _, parts, _), family in families.items():
             if len(family) == parts:
                 self._settle([family[place] for place in range(parts)], precision)
 
-    def match_tied(self) -> None:
-        """Match what is left of the parameters to arrays that have been matched already."""
-        for name, array in self.all_yours.items():
-            if self.left_ours and name not in self.left_yours and not is_constant(array):
-                any(
-                    len(found.pieces) == 1 and self._settle([found], precision)
-                    for precision in _precisions(array)
-                    for found in self._cuts(name, self.whole(precision))
-                )
-
     def match_constants(self) -> None:
-        """Match constant arrays by what has been matched under the same name but its end."""
-        left = {name: a for name, a in self.all_ours.items() if is_constant(a)}
+        """Match constant biases and scales by what has been matched beside them."""
+        left = {name: a for name, a in self.all_ours.items() if is_constant(a) and a.ndim == 1}
         for name, array in self.all_yours.items():
-            if not is_constant(array):
-                continue
-            for beside in [e for e in self.entries if _stem(e.yours[0]) == _stem(name)]:
-                wanted = [_sibling(other) for other in beside.ours]
-                known = [left[other] for other in wanted if other in left]
-                size = sum(other.size for other in known)
-                if (
-                    len(known) == len(wanted)
-                    and size == array.size
-                    and is_constant(np.concatenate([array.reshape(-1)[:1], *known]))
-                ):
-                    entry = self._constant_entry(name, wanted, beside)
-                    self.entries += [entry] if entry else []
-                    left = {other: a for other, a in left.items() if other not in wanted}
-                    break
+            for beside in self.entries if is_constant(array) else ():
+                wanted = tuple(_sibling(other) for other in beside.ours)
+                same_layer = [_stem(other) for other in beside.yours] == [_stem(name)]
+                if same_layer and left.keys() >= set(wanted):
+                    values = np.concatenate([left[other] for other in wanted])
+                    steps = self._steps_of_constant(name, wanted, beside)
+                    if steps is not None and (values == array.flat[0]).all():
+                        self.entries.append(Entry((name,), wanted, steps))
+                        left = {other: a for other, a in left.items() if other not in wanted}
+                        break
+
+    def _settle_first(self, name: str, most_pieces: int) -> None:
+        """Keep the first match of an array alone."""
+        for precision in _precisions(self.all_yours[name]):
+            for found in self._cuts(name, self.whole(precision)):
+                if len(found.pieces) <= most_pieces and self._settle([found], precision):
+                    return
+
+    def _index_of_parts(self, precision: str) -> _Index:
+        left = {name: self.rounded(precision)[name] for name in self.left_ours}
+        return _by_hash(left, len(self.left_yours))
 
     def _rounded(self, precision: str) -> dict[str, Array]:
         if precision == "bfloat16":
@@ -179,47 +175,42 @@ class _Matcher:
         with np.errstate(over="ignore"):
             return {name: array.astype(precision) for name, array in self.all_ours.items()}
 
-    def _constant_entry(self, name: str, wanted: Sequence[str], neighbour: Entry) -> Entry | None:
-        """Lay a constant bias out as the outputs of the kernel beside it are."""
-        array = self.all_yours[name]
-        shapes = [self.all_ours[other].shape for other in wanted]
-        labels = np.arange(array.size).reshape(array.shape)
-        places: list[Array] = [labels.reshape(-1)] if len(wanted) == 1 else []
-        beside = self.all_yours[neighbour.yours[0]]
-        for axis, size in enumerate(beside.shape):
-            if len(neighbour.yours) == 1 and size == array.size and beside.ndim > 1:
-                along = np.arange(size).reshape(
-                    [-1 if a == axis else 1 for a in range(beside.ndim)]
-                )
-                made = maps.lay_out(neighbour, [np.broadcast_to(along, beside.shape)])
-                rows = [made[other] for other in neighbour.ours]
-                if all((row == row[:1]).all() for row in rows):
-                    places = [row[0] for row in rows]
-        if not places:
+    def _steps_of_constant(
+        self, name: str, wanted: tuple[str, ...], beside: Entry
+    ) -> tuple[Step, ...] | None:
+        """Lay a constant bias out as the outputs of the kernel beside it are, if they say it."""
+        array, neighbour = self.all_yours[name], self.all_yours[beside.yours[0]]
+        shape = self.all_ours[wanted[0]].shape
+        if array.size != len(wanted) * math.prod(shape):
             return None
-        expected = {
-            other: place.reshape(shape)
-            for other, place, shape in zip(wanted, places, shapes, strict=True)
-        }
-        for before in range(1, array.size // len(wanted) + 1):
-            grid = _Grid(1, before, len(wanted))
-            pieces = tuple(_Piece(other) for other in wanted)
+        if array.shape == neighbour.shape:
+            return beside.steps
+        labels = np.arange(array.size)
+        expected = {wanted[0]: labels} if len(wanted) == 1 else {}
+        for axis in range(neighbour.ndim):
+            without = (*neighbour.shape[:axis], 1, *neighbour.shape[axis + 1 :])
+            if math.prod(without) == array.size:
+                spread = np.broadcast_to(labels.reshape(without), neighbour.shape)
+                kernels = list(maps.lay_out(beside, [spread]).values())
+                if all((kernel == kernel[:1]).all() for kernel in kernels):
+                    expected = {n: k[0] for n, k in zip(wanted, kernels, strict=True)}
+        pieces = tuple(_Piece(other) for other in wanted)
+        for grid in self._grids(array, math.prod(shape)) if expected else ():
             for steps in self._steps([_Found(name, grid, pieces)]):
-                entry = Entry((name,), tuple(wanted), steps)
-                if _gives(entry, [labels], expected):
-                    return entry
+                if _gives(Entry((name,), wanted, steps), [labels.reshape(array.shape)], expected):
+                    return steps
         return None
 
-    def _cuts(self, name: str, pieces: Mapping[tuple[int, int], list[_Piece]]) -> Iterator[_Found]:
+    def _cuts(self, name: str, index: _Index) -> Iterator[_Found]:
         """Yield the grids by which an array falls into known pieces, the simplest first."""
         array = self.all_yours[name]
         mixed = _mixed(array).reshape(-1)
-        grids = {grid for size in {size for size, _ in pieces} for grid in self._grids(array, size)}
+        grids = {grid for size in index for grid in self._grids(array, size)}
         for grid in sorted(grids, key=lambda grid: (grid.lead * grid.count, grid.before)):
             sums = mixed.reshape(grid.lead, grid.before, grid.count, -1).sum(axis=(1, 3))
-            size = array.size // sums.size
+            pieces = index[array.size // sums.size]
             known = [
-                [p for p in pieces.get((size, int(value)), ()) if p.name in self.left_ours]
+                [piece for piece in pieces.get(int(value), ()) if piece.name in self.left_ours]
                 for value in sums.reshape(-1)
             ]
             if all(known):
@@ -264,9 +255,12 @@ class _Matcher:
         yield from _simple_steps(array, len(found), len(first.pieces), shape)
         axes = self._fine_axes(piece)
         for order in itertools.permutations(range(len(axes))):
-            grid = _refined(first.grid, [axes[axis] for axis in order])
-            if grid is not None:
-                yield _general_steps(array, first, len(found), shape, grid, order, axes)
+            lengths = [axes[axis] for axis in order]
+            reached = [1, *itertools.accumulate(lengths, operator.mul)]
+            if first.grid.before in reached:
+                place = reached.index(first.grid.before)
+                steps = _general_steps(first, len(found), shape, axes, order, place)
+                yield steps[1:] if steps[:1] == (("reshape", array.shape),) else steps
 
     def _fine_axes(self, piece: _Piece) -> tuple[int, ...]:
         """Return the axes of a piece, with heads and head_dim apart."""
@@ -301,35 +295,26 @@ def _simple_steps(
             yield from ((join,), (join, transpose), (join, reshape))
 
 
-def _refined(grid: _Grid, axes: Sequence[int]) -> tuple[int, int] | None:
-    """Return after which of some axes a grid's count stands; None if within one of them."""
-    for place in range(len(axes) + 1):
-        if math.prod(axes[:place]) == grid.before or grid.count == 1:
-            return place, grid.count
-    return None
-
-
 def _general_steps(
-    array: Array,
     found: _Found,
     num_yours: int,
     shape: tuple[int, ...],
-    refined: tuple[int, int],
-    order: tuple[int, ...],
     axes: tuple[int, ...],
+    order: tuple[int, ...],
+    place: int,
 ) -> tuple[Step, ...]:
-    """Reshape to the finest grid, transpose it, join the pieces of several, split, reshape."""
-    place, count = refined
-    piece = found.pieces[0]
-    lengths = [axes[axis] for axis in order]
-    names: list[object] = ["lead", *order[:place], "count", *order[place:]]
-    fine = [found.grid.lead, *lengths[:place], count, *lengths[place:]]
-    wanted: list[object] = ["lead", "count", *range(len(axes))]
-    keep = [i for i, name in enumerate(names) if isinstance(name, int) or fine[i] > 1]
-    names, fine = [names[i] for i in keep], [fine[i] for i in keep]
-    turned = tuple(names.index(name) for name in wanted if name in names)
+    """Reshape to the finest grid, transpose it, join the pieces of several, split, reshape.
+
+    The axes of a piece are in your order in the grid, its count stands before the one at a place.
+    """
+    piece, grid = found.pieces[0], found.grid
+    lengths = {"lead": grid.lead, "count": grid.count, **{str(i): n for i, n in enumerate(axes)}}
+    yours = ["lead", *map(str, order[:place]), "count", *map(str, order[place:])]
+    yours = [name for name in yours if name.isdecimal() or lengths[name] > 1]
+    turned = tuple(yours.index(name) for name in lengths if name in yours)
+    fine = tuple(lengths[name] for name in yours)
     num_pieces = len(found.pieces)
-    steps: list[Step] = [("reshape", tuple(fine)), ("transpose", turned)]
+    steps: list[Step] = [("reshape", fine), ("transpose", turned)]
     if num_yours > 1:
         before = math.prod(shape[: piece.axis])
         steps += [("reshape", (num_pieces, before, -1)), ("concatenate", 2)]
@@ -337,10 +322,10 @@ def _general_steps(
         steps += [("reshape", (num_pieces, *shape))]
     if num_pieces > 1:
         steps += [("split", 0)]
-    return _without_idle([*steps, ("reshape", shape)], array.shape)
+    return _without_idle([*steps, ("reshape", shape)])
 
 
-def _without_idle(steps: Iterable[Step], shape: tuple[int, ...]) -> tuple[Step, ...]:
+def _without_idle(steps: Iterable[Step]) -> tuple[Step, ...]:
     """Leave out what does nothing, and all but the last of reshapes that follow each other."""
     kept: list[Step] = []
     for name, argument in steps:
@@ -349,8 +334,6 @@ def _without_idle(steps: Iterable[Step], shape: tuple[int, ...]) -> tuple[Step, 
         if name == "reshape" and kept and kept[-1][0] == "reshape":
             kept.pop()
         kept.append((name, argument))
-    if kept and kept[0] == ("reshape", shape):
-        kept.pop(0)
     return tuple(kept)
 
 
@@ -376,9 +359,9 @@ def _likeness(yours: str, ours: str) -> int:
     return sum(word in words for word in re.split("[._]", ours))
 
 
-def _by_hash(ours: Mapping[str, Array], most: int) -> dict[tuple[int, int], list[_Piece]]:
-    """Index parameters, and their parts up to a number, by size and hash."""
-    pieces: dict[tuple[int, int], list[_Piece]] = {}
+def _by_hash(ours: Mapping[str, Array], most: int) -> _Index:
+    """Index parameters, and their parts up to a number."""
+    index: _Index = {}
     for name, array in ours.items():
         mixed = _mixed(array)
         for axis, length in enumerate(array.shape):
@@ -387,10 +370,10 @@ def _by_hash(ours: Mapping[str, Array], most: int) -> dict[tuple[int, int], list
                     continue
                 before = math.prod(array.shape[:axis])
                 sums = mixed.reshape(before, parts, -1).sum(axis=(0, 2))
-                for index, value in enumerate(sums):
-                    found = pieces.setdefault((array.size // parts, int(value)), [])
-                    found.append(_Piece(name, parts, axis, index))
-    return pieces
+                pieces = index.setdefault(array.size // parts, {})
+                for place, value in enumerate(sums):
+                    pieces.setdefault(int(value), []).append(_Piece(name, parts, axis, place))
+    return index
 
 
 def _mixed(array: Array) -> npt.NDArray[np.uint64]:

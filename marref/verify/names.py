@@ -98,8 +98,7 @@ def rename(
         whole |= {ours: unknown.pop(yours) for yours, ours in guessed.items()}
     _leave_out_tied(golden_vectors, whole, notes)
     if not whole and unknown:
-        known = list(golden_arrays)
-        raise ValueError(f"arrays: {_listed(checks.unknown_name(n, known) for n in unknown)}")
+        raise ValueError(f"arrays: {_all_unknown(unknown, golden_arrays)}")
     if unknown:
         notes.append(f"ignored, since their names are not known: {_listed(unknown)}")
     return Renamed(whole, tuple(notes), name_map)
@@ -140,8 +139,7 @@ def to_parameters(
     shapes = naming.parameter_names(num_layers)
     found, left, prefix = _unwrapped(_table(names, name_map, shapes, num_layers), named)
     if not found:
-        unknown = [checks.unknown_name(name, shapes) for name in left]
-        raise ValueError(f"params: {_listed(unknown)}")
+        raise ValueError(f"params: {_all_unknown(left, shapes)}")
     notes = [f"left out of your names: {prefix}"] if prefix else []
     if left:
         notes.append(f"ignored, since their names are not known: {_listed(left)}")
@@ -393,6 +391,12 @@ def _leave_out_tied(golden_vectors: Golden, arrays: dict[str, Array], notes: lis
             for name in ("embedding.table", "head.kernel"):
                 arrays.pop(section + name, None)
             notes.append(f"left out of {section}: the embedding's table, tied to the head's kernel")
+
+
+def _all_unknown(names: Iterable[str], known: Collection[str]) -> str:
+    first, *others = names
+    more = f"; unknown too: {_listed(others)}" if others else ""
+    return checks.unknown_name(first, known) + more
 
 
 def _listed(names: Iterable[str]) -> str:
