@@ -1,24 +1,29 @@
 """Proofs that an implementation is right.
 
 `check_gradients` and `check_layer` hold gradients to numerical derivatives.  `golden.make` writes
-golden vectors; `compare`, `crosscheck` and `diagnose` hold another implementation to them.
+golden vectors, of a `checkpoint` of yours too; `compare`, `crosscheck` and `diagnose` hold another
+implementation to them, whose arrays `rename` takes under names and in layouts of its own.
 """
 
-from marref.verify import golden
+from marref.verify import checkpoint, golden
 from marref.verify.comparison import Comparison, Golden, Row, compare, crosscheck
 from marref.verify.diagnosis import Diagnosis, Explanation, diagnose
 from marref.verify.gradients import check_gradients, check_layer
+from marref.verify.names import Renamed, rename
 
 __all__ = [
     "Comparison",
     "Diagnosis",
     "Explanation",
     "Golden",
+    "Renamed",
     "Row",
     "check_gradients",
     "check_layer",
+    "checkpoint",
     "compare",
     "crosscheck",
     "diagnose",
     "golden",
+    "rename",
 ]

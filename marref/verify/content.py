@@ -145,7 +145,7 @@ class _Matcher:
 
     def match_constants(self) -> None:
         """Match constant biases and scales by what has been matched beside them."""
-        left = {name: a for name, a in self.all_ours.items() if is_constant(a) and a.ndim == 1}
+        left = {name: a for name, a in self.all_ours.items() if is_constant(a)}
         for name, array in self.all_yours.items():
             for beside in self.entries if is_constant(array) else ():
                 wanted = tuple(_sibling(other) for other in beside.ours)
