@@ -70,6 +70,15 @@ def _add_golden(commands: Any) -> None:
     )
     golden.add_argument("--seed", type=_not_negative, default=0, help="default: 0")
     golden.add_argument("--dtype", choices=("float64", "float32"), default="float64")
+    own = golden.add_argument_group("of a model of your own")
+    own.add_argument("--params", metavar="FILE", help="its parameters, in place of a preset's")
+    own.add_argument("--names", help="of the parameters: torch, flax, axon, or a JSON file")
+    own.add_argument(
+        "--tokens", metavar="FILE", help="a batch: .npy, or .npz with tokens and, if given, mask"
+    )
+    own.add_argument(
+        "--activations", nargs="+", default=("*",), metavar="PATTERN", help="keep these only"
+    )
     golden.set_defaults(run=_golden)
 
 
@@ -80,13 +89,19 @@ def _add_compare(commands: Any) -> None:
         description="Compare arrays with golden vectors, within derived budgets of rounding.",
     )
     compare.add_argument("golden", help="golden vectors: a file, or tiny, which ships")
-    compare.add_argument("yours", help=".npz or .safetensors file, or a folder of .npy files")
+    compare.add_argument(
+        "yours", nargs="+", help=".npz or .safetensors files, or folders of these or .npy files"
+    )
     compare.add_argument(
         "--dtype",
         help="your precision, if your arrays do not say it: float64, float32, float16, bfloat16, "
         "or tf32, fp16-mixed, bf16-mixed (in matrix products only)",
     )
-    compare.add_argument("--names", help="torch, flax, axon, or a JSON file: your name -> ours")
+    compare.add_argument(
+        "--names",
+        help="torch, flax, axon, a JSON file (your names -> ours), or auto: by the parameters",
+    )
+    compare.add_argument("--write-names", metavar="FILE", help="with --names auto: keep the map")
     compare.add_argument(
         "--diagnose", action="store_true", help="name the known mistakes that explain it"
     )
@@ -110,15 +125,36 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _golden(arguments: argparse.Namespace) -> int:
     from marref import files
-    from marref.verify import golden
+    from marref.verify import checkpoint, golden
 
     if arguments.where:
         print(golden.shipped(arguments.out))
         return 0
     files.check_suffix("out", arguments.out)
-    changes = json.loads(arguments.config or "{}")
-    model = dataclasses.replace(golden.PRESETS[arguments.preset], **changes)
-    arrays, metadata = golden.make(model, arguments.seed, arguments.dtype)
+    config = json.loads(arguments.config or "{}")
+    if arguments.params:
+        model, params, batch, notes = checkpoint.load(
+            arguments.params,
+            names_of=arguments.names,
+            config=config,
+            tokens=arguments.tokens,
+            seed=arguments.seed,
+        )
+        for note in notes:
+            print(f"names: {note}", file=sys.stderr)
+    elif arguments.names or arguments.tokens:
+        raise ValueError("--names and --tokens: expected --params beside them")
+    else:
+        model = dataclasses.replace(golden.PRESETS[arguments.preset], **config)
+        params, batch = golden.draw(model, arguments.seed)
+    arrays, metadata = golden.make_from(
+        model,
+        params,
+        batch,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        activations=arguments.activations,
+    )
     files.save(arguments.out, arrays, metadata)
     print(f"{arguments.out}: {len(arrays)} arrays of {arguments.dtype}")
     return 0
@@ -126,14 +162,19 @@ def _golden(arguments: argparse.Namespace) -> int:
 
 def _compare(arguments: argparse.Namespace) -> int:
     from marref import files
-    from marref.verify import comparison, diagnosis, golden
+    from marref.interop import maps
+    from marref.verify import comparison, diagnosis, golden, names
 
     path = golden.shipped("tiny") if arguments.golden == "tiny" else arguments.golden
     golden_vectors = comparison.Golden(*files.load(path))
-    arrays, _ = files.load(arguments.yours)
-    if arguments.names:
-        arrays = comparison.renamed(arrays, arguments.names)
-    precision = arguments.dtype
+    renamed = names.rename(golden_vectors, files.load_all(arguments.yours), arguments.names)
+    for note in renamed.notes:
+        print(f"names: {note}", file=sys.stderr)
+    if arguments.write_names:
+        if renamed.name_map is None:
+            raise ValueError("--write-names: expected --names auto beside it")
+        maps.write(arguments.write_names, renamed.name_map)
+    arrays, precision = renamed.arrays, arguments.dtype
     report: comparison.Comparison | diagnosis.Diagnosis
     if arguments.diagnose:
         report = diagnosis.diagnose(golden_vectors, arrays, precision)

@@ -5,11 +5,12 @@ text as UTF-8 bytes.  A ``.safetensors`` file has the same text in its own metad
 """
 
 import contextlib
+import functools
 import importlib.util
 import io
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -131,8 +132,9 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, Any]
     Parameters
     ----------
     path : path
-        A ``.safetensors`` file (extra ``interop``), an ``.npz`` file, or a folder of ``.npy``
-        files, whose names are their paths within it.
+        A ``.safetensors`` file (extra ``interop``), an ``.npz`` file, or a folder of such files
+        and of ``.npy`` files, whose arrays are named by their paths within it.  An index of shards,
+        ``*.index.json`` as of Hugging Face, must find them all there.
 
     Returns
     -------
@@ -164,6 +166,35 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, Any]
         raise ValueError(f"{path}: cannot be read as arrays ({error!r})") from error
 
 
+def load_all(paths: Iterable[str | os.PathLike[str]]) -> dict[str, Array]:
+    """Read the arrays of several files or folders as if they were one.
+
+    Parameters
+    ----------
+    paths : sequence of path
+
+    Returns
+    -------
+    dict of str to array
+
+    Raises
+    ------
+    OSError, ValueError, ImportError
+        As `load`; and two arrays have the same name.
+    """
+    arrays: dict[str, Array] = {}
+    for path in paths:
+        _join(arrays, load(path)[0], path)
+    return arrays
+
+
+def _join(arrays: dict[str, Array], others: dict[str, Array], path: str | os.PathLike[str]) -> None:
+    twice = sorted(arrays.keys() & others.keys())
+    if twice:
+        raise ValueError(f"{path}: has {twice[0]}, which another file has too")
+    arrays |= others
+
+
 def _read_npz(content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
     loaded = np.load(io.BytesIO(content), allow_pickle=False)
     if isinstance(loaded, np.ndarray):
@@ -173,7 +204,10 @@ def _read_npz(content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
     with loaded as archive:
         if len(set(archive.files)) < len(archive.files):
             raise ValueError("two arrays have the same name")
-        arrays = {name: archive[name] for name in archive.files}
+        arrays = {
+            name: _numbers(name, functools.partial(archive.__getitem__, name))
+            for name in archive.files
+        }
     strange = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
     if strange:
         raise ValueError(
@@ -203,13 +237,40 @@ def _read_safetensors(content: bytes) -> tuple[dict[str, Array], dict[str, Any]]
 
 
 def _read_folder(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
-    files = sorted(path.rglob("*.npy"))
-    if not files:
-        raise ValueError("no .npy files in it")
-    return {
-        file.relative_to(path).with_suffix("").as_posix(): np.load(file, allow_pickle=False)
-        for file in files
-    }, {}
+    arrays: dict[str, Array] = {}
+    metadata: dict[str, Any] = {}
+    for index in sorted(path.glob("*.index.json")):
+        named = set(json.loads(index.read_text("utf-8"))["weight_map"].values())
+        missing = sorted(name for name in named if not (path / name).exists())
+        if missing:
+            raise ValueError(f"{index.name} names {missing[0]}, which is not there")
+    for file in sorted(path.rglob("*")):
+        if file.suffix == ".npy":
+            name = file.relative_to(path).with_suffix("").as_posix()
+            _join(
+                arrays,
+                {name: _numbers(name, functools.partial(np.load, file, allow_pickle=False))},
+                file,
+            )
+        elif file.suffix in (".npz", ".safetensors"):
+            shard, its_metadata = load(file)
+            _join(arrays, shard, file)
+            metadata |= its_metadata
+    if not arrays:
+        raise ValueError("no .npy, .npz or .safetensors files in it")
+    return arrays, metadata
+
+
+def _numbers(name: str, read: Callable[[], Array]) -> Array:
+    """Read an array; say which one it is that would have to be unpickled."""
+    try:
+        return read()
+    except ValueError as error:
+        if "allow_pickle" in str(error):
+            raise ValueError(
+                f"{name} holds Python objects (None, or arrays of several shapes); leave it out"
+            ) from error
+        raise
 
 
 def _parsed(text: str | bytes) -> dict[str, Any]:

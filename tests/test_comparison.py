@@ -11,7 +11,8 @@ import pytest
 import marref
 from marref import cli, files
 from marref.verify import golden, measure
-from marref.verify.comparison import Golden, compare, crosscheck, renamed
+from marref.verify.comparison import Golden, compare, crosscheck
+from marref.verify.names import rename
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_crosscheck_calls_a_function_with_the_golden_inputs(vectors):
     [
         ({}, "arrays: none"),
         ({"activations/logit": np.ones(3)}, "unknown; nearest: activations/logits"),
-        ({"loss": np.ones(3)}, "arrays: loss: shape [3], expected []"),
+        ({"loss": np.ones(3)}, "arrays: loss has shape [3], expected []"),
         ({"loss": np.array("x")}, "arrays: loss has dtype <U1"),
     ],
 )
@@ -193,8 +194,8 @@ def test_names_may_be_mapped_by_a_file(vectors, tmp_path):
     table = tmp_path / "names.json"
     table.write_text('{"out": "activations/logits"}')
     logits = vectors.arrays["activations/logits"]
-    mapped = renamed({"out": logits, "loss": vectors.arrays["loss"]}, str(table))
-    assert sorted(mapped) == ["activations/logits", "loss"]
+    mapped = rename(vectors, {"out": logits, "loss": vectors.arrays["loss"]}, str(table))
+    assert sorted(mapped.arrays) == ["activations/logits", "loss"]
 
 
 def hostile_files(whole):

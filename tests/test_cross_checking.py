@@ -28,8 +28,8 @@ def runs(tmp_path_factory):
     """What the commands of the page printed, in a fresh folder."""
     pytest.importorskip("torch")
     folder = tmp_path_factory.mktemp("user")
-    (script,) = blocks("py")
-    (folder / "my_mar.py").write_text(script, "utf-8")
+    script, own = blocks("py")
+    (folder / "my_mar.py").write_text(script + own, "utf-8")
     commands = [block.strip() for block in blocks("sh") if "benchmarks" not in block]
     return folder, {command: run(command, folder) for command in commands}
 
@@ -37,24 +37,32 @@ def runs(tmp_path_factory):
 def test_every_command_of_the_page_runs(runs):
     _, done = runs
     statuses = {command: result.returncode for command, result in done.items()}
-    assert len(statuses) == 4
+    assert len(statuses) == 5
     for command, status in statuses.items():
         assert status == (1 if "compare" in command else 0), done[command].stderr
 
 
 def test_the_commands_print_what_the_page_shows(runs):
     _, done = runs
-    compared, diagnosed = (
-        result.stdout for command, result in done.items() if "compare" in command
-    )
-    table, diagnosis, _ = blocks("text")
+    compared, diagnosed, own = (result for command, result in done.items() if "compare" in command)
+    table, diagnosis, found, _ = blocks("text")
     for line in filter(None, table.splitlines()):
         # Names, verdicts and the closing line; the last digits are the machine's.
         for word in re.findall(r"[a-zA-Z<][\w./|<-]*", line):
             if not re.fullmatch(r"e", word):
-                assert word in compared
-    assert table.splitlines()[-1] in compared
-    assert diagnosis.strip() in diagnosed
+                assert word in compared.stdout
+    assert table.splitlines()[-1] in compared.stdout
+    assert diagnosis.strip() in diagnosed.stdout
+    assert own.stderr.startswith(found)
+    assert diagnosis.strip() in own.stdout
+
+
+def test_the_map_that_was_kept_gives_the_same_table(runs):
+    folder, done = runs
+    result = run("marref compare golden.npz own.npz --names names.json", folder)
+    (*_, own) = (result for command, result in done.items() if "auto" in command)
+    assert result.stderr == ""
+    assert result.stdout == own.stdout[: len(result.stdout)]
 
 
 def test_the_mended_model_agrees(runs):

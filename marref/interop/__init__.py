@@ -9,8 +9,10 @@ their names say.  Each has
 and the way back, under the name that the framework has for it: `torch.to_state_dict`,
 `flax.to_variables` (linen), `flax.to_pure_dict` (nnx), `axon.to_model_state`.  A gradient has the
 name and layout of its parameter, so all of this holds for gradients too.
+
+`marref.interop.maps` reads and writes names and layouts of your own.
 """
 
-from marref.interop import axon, flax, torch
+from marref.interop import axon, flax, maps, torch
 
-__all__ = ["axon", "flax", "torch"]
+__all__ = ["axon", "flax", "maps", "torch"]

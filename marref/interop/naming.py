@@ -22,6 +22,10 @@ Layout: TypeAlias = Callable[[dict[str, Array]], Iterable[tuple[str, Array]]]
 """From marref's names and arrays to a framework's."""
 
 
+class UnknownName(ValueError):
+    """A framework has no such name."""
+
+
 def leaves(argument: str, state: Mapping[str, Any], prefix: str = "") -> dict[str, Array]:
     """Name the arrays of a nested or flat state, with dots for slashes and without the prefix."""
     if not isinstance(state, Mapping):
@@ -62,15 +66,20 @@ def translate(name: str, table: Mapping[str, str], shift: int = 0) -> str:
     if number is None:
         if name in table and "<i>" not in name:
             return table[name]
-        raise ValueError(checks.unknown_name(name, table))
+        raise UnknownName(checks.unknown_name(name, table))
     pattern = f"{name[: number.start()]}<i>{name[number.end() :]}"
     index = int(number[0]) + shift
     if pattern in table and "<i>" not in name and index >= 0:
         return table[pattern].replace("<i>", str(index))
     nearest_block = str(max(index, 0) - shift)
-    raise ValueError(
+    raise UnknownName(
         checks.unknown_name(name, [known.replace("<i>", nearest_block) for known in table])
     )
+
+
+def parameter_names(num_layers: int) -> list[str]:
+    """List marref's names of the parameters of a model."""
+    return list(MAR(2, embed_dim=2, num_layers=num_layers, num_heads=1).parameter_shapes)
 
 
 def inverse(table: Mapping[str, str]) -> dict[str, str]:

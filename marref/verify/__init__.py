@@ -1,13 +1,15 @@
 """Proofs that an implementation is right.
 
 `check_gradients` and `check_layer` hold gradients to numerical derivatives.  `golden.make` writes
-golden vectors; `compare`, `crosscheck` and `diagnose` hold another implementation to them.
+golden vectors, of a `checkpoint` of yours too; `compare`, `crosscheck` and `diagnose` hold another
+implementation to them, whose arrays `rename` takes under names and in layouts of its own.
 """
 
-from marref.verify import golden
+from marref.verify import checkpoint, golden
 from marref.verify.comparison import Comparison, Golden, Row, compare, crosscheck
 from marref.verify.diagnosis import Diagnosis, diagnose
 from marref.verify.gradients import check_gradients, check_layer
+from marref.verify.names import Renamed, rename
 from marref.verify.search import Explanation, Partial
 
 __all__ = [
@@ -16,11 +18,14 @@ __all__ = [
     "Explanation",
     "Golden",
     "Partial",
+    "Renamed",
     "Row",
     "check_gradients",
     "check_layer",
+    "checkpoint",
     "compare",
     "crosscheck",
     "diagnose",
     "golden",
+    "rename",
 ]

@@ -23,7 +23,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -46,7 +45,7 @@ MULTIPLE = 8.0
 """Budget over error.  See docs/cross-checking.md for its derivation and measurement."""
 
 _NUM_RUNS = 5
-_PARAMETER_SECTION = re.compile(r"(params|gradients|(adam|adamw|clipped)/\d+)/")
+_SHOWN = 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -259,13 +258,29 @@ class Golden:
         """Raise unless every array has the name and shape of a golden one, and holds numbers."""
         if not arrays:
             raise ValueError("arrays: none, expected at least one of the golden arrays")
-        for name, array in arrays.items():
-            if name not in self.arrays:
-                raise ValueError(f"arrays: {checks.unknown_name(name, self.arrays)}")
-            checks.shape(f"arrays: {name}", np.asarray(array), self.arrays[name].shape)
-            if np.asarray(array).dtype.kind not in "fiub":
-                dtype = np.asarray(array).dtype
-                raise TypeError(f"arrays: {name} has dtype {dtype}, expected numbers")
+        faults = [
+            fault
+            for name, array in arrays.items()
+            if (fault := self._fault(name, np.asarray(array)))
+        ]
+        unknown = [name for name in arrays if name not in self.arrays]
+        # To look for what is nearest takes its time.
+        faults += [checks.unknown_name(name, self.arrays) for name in unknown[:1]]
+        faults += [f"{name!r} is unknown" for name in unknown[1:]]
+        if faults:
+            more = f"; and {len(faults) - _SHOWN} more" if len(faults) > _SHOWN else ""
+            raise ValueError("arrays: " + "; ".join(faults[:_SHOWN]) + more)
+
+    def _fault(self, name: str, array: Array) -> str | None:
+        """Say why an array of a known name cannot be compared, if so."""
+        if name not in self.arrays:
+            return None
+        expected = self.arrays[name].shape
+        if array.shape != expected:
+            hint = ": transposed?" if sorted(array.shape) == sorted(expected) else ""
+            return f"{name} has shape {list(array.shape)}, expected {list(expected)}{hint}"
+        known = array.dtype.kind in "fiub"
+        return None if known else f"{name} has dtype {array.dtype}, expected numbers"
 
     def stages(
         self, names: Mapping[str, Any], params: Tree | None = None, **options: Any
@@ -599,42 +614,6 @@ def _smoothed(
         # No array of the size of the golden one could be further away: nothing is decided.
         allowed[name] = budget if budget < 2.0 * largest[name] else math.inf
     return allowed
-
-
-def renamed(arrays: Mapping[str, Array], names: str) -> dict[str, Array]:
-    """Translate an implementation's names and layouts into marref's.
-
-    Parameters
-    ----------
-    arrays : dict of str to array
-        Parameter-like sections (``params/``, ``gradients/``, ``adam/1/``, …) hold the
-        framework's own names after the prefix; other names are left as they are.
-    names : str
-        ``"torch"``, ``"flax"``, ``"axon"`` (see `marref.interop`), or a JSON file that maps your
-        names to golden names.
-
-    Returns
-    -------
-    dict of str to array
-    """
-    from marref import interop
-
-    frameworks = {"torch": interop.torch, "flax": interop.flax, "axon": interop.axon}
-    if names not in frameworks:
-        table = json.loads(Path(names).read_text("utf-8"))
-        return {table.get(name, name): array for name, array in arrays.items()}
-    sections: dict[str, dict[str, Array]] = {}
-    translated: dict[str, Array] = {}
-    for name, array in arrays.items():
-        prefix = _PARAMETER_SECTION.match(name)
-        if prefix:
-            sections.setdefault(prefix[0], {})[name[prefix.end() :]] = array
-        else:
-            translated[name] = array
-    for section, named in sections.items():
-        for name, array in frameworks[names].to_names(named).items():
-            translated[section + name] = array
-    return translated
 
 
 def crosscheck(

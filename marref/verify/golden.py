@@ -23,8 +23,9 @@ implementation in any precision starts from exactly the same model.
 """
 
 import dataclasses
+import fnmatch
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +123,30 @@ def draw(model: MAR, seed: int) -> tuple[Tree, dict[str, Array]]:
     table = leaves["embedding.table"]
     table[cancelling] = 0.05 * table[cancelling] - waves[0]
 
-    mask = np.zeros(targets.shape, np.int64)
-    for row, count in enumerate((model.seq_len - 1, model.seq_len // 2, 1, 0)):
-        mask[row, rng.permutation(model.seq_len)[:count]] = 1
+    mask = draw_mask(targets.shape, rng)
     params = trees.unflatten({name: round_to(leaf, "bfloat16") for name, leaf in leaves.items()})
     return params, {"tokens": np.where(mask == 1, 0, targets), "targets": targets, "mask": mask}
+
+
+def draw_mask(shape: tuple[int, int], rng: np.random.Generator) -> Array:
+    """Draw a mask: all positions of a sequence but one, about half, one, none, and so on.
+
+    Parameters
+    ----------
+    shape : tuple of int
+        [batch, length]
+    rng : numpy.random.Generator
+
+    Returns
+    -------
+    int64 array [batch, length]
+        1 where a position is masked.
+    """
+    mask = np.zeros(shape, np.int64)
+    counts = (shape[1] - 1, shape[1] // 2, 1, 0)
+    for row in range(shape[0]):
+        mask[row, rng.permutation(shape[1])[: counts[row % len(counts)]]] = 1
+    return mask
 
 
 def compute(model: MAR, params: Tree, batch: dict[str, Array]) -> dict[str, Array]:
@@ -219,7 +239,44 @@ def make(
     if trees.check_dtype("dtype", dtype).kind == "c":
         raise TypeError(f"dtype: received {dtype}, expected float64 or float32")
     model = dataclasses.replace(model, dropout=0.0)
-    params, batch = draw(model, seed)
+    return make_from(model, *draw(model, seed), seed=seed, dtype=dtype)
+
+
+def make_from(
+    model: MAR,
+    params: Tree,
+    batch: dict[str, Array],
+    *,
+    seed: int | None = None,
+    dtype: npt.DTypeLike = np.float64,
+    activations: Collection[str] = ("*",),
+) -> tuple[dict[str, Array], dict[str, Any]]:
+    """Make golden vectors of given parameters and a given batch.
+
+    Parameters
+    ----------
+    model : MAR
+        Its dropout is ignored.
+    params : dict
+    batch : dict
+        ``tokens``, ``targets`` and ``mask``, integers [batch, length], as `draw` makes them.
+    seed : int, optional
+        For the metadata.
+    dtype : float64 or float32
+        As in `make`.
+    activations : collection of str
+        Patterns (see `fnmatch`) of the activations, and gradients of activations, to be kept:
+        ``"blocks.0.*"``.
+
+    Returns
+    -------
+    arrays, metadata : dict
+        As `make` returns them.
+    """
+    model = dataclasses.replace(model, dropout=0.0)
+    params = trees.map_leaves(lambda leaf: leaf.astype(np.float64), params)
+    model.check_inputs(params, batch["tokens"])
+    checks.token_ids("targets", batch["targets"], model.vocab_size)
     arrays = {
         **_named("params", params),
         **{f"input/{name}": array for name, array in batch.items()},
@@ -228,7 +285,11 @@ def make(
     arrays = {
         name: array.astype(dtype) if array.dtype.kind == "f" else array
         for name, array in arrays.items()
+        if not name.startswith(("activations/", "activation_gradients/"))
+        or any(fnmatch.fnmatchcase(name.split("/")[1], pattern) for pattern in activations)
     }
+    if not any(name.startswith("activations/") for name in arrays):
+        raise ValueError(f"activations: none is called {' or '.join(activations)}")
     metadata = {
         "format": "marref golden vectors 1",
         "config": dataclasses.asdict(model),
