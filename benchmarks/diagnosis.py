@@ -32,6 +32,7 @@ SUBSETS = {
     "logits": ("activations/logits",),
     "logits + loss": ("activations/logits", "loss"),
     "logits + loss + gradients": ("activations/logits", "loss", "gradients/"),
+    "activations + loss + gradients": ("activations/", "loss", "gradients/"),
     "all": ("",),
 }
 """What people save, by the prefixes of the names."""
