@@ -276,7 +276,7 @@ class FlaxPort:
 
     def arrays(self, optimisers: bool) -> dict[str, np.ndarray]:
         """Compute arrays by golden names: activations, loss, gradients, and steps if wanted."""
-        # To compile takes longer than one run without.
+        # To compile takes longer than one run of operations that were compiled for another port.
         compute = jax.jit(self.gradients) if optimisers else self.gradients
         (loss, (captured, logits)), grads = compute(self.variables)
         arrays = activations(captured)

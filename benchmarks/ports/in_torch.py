@@ -81,7 +81,7 @@ class Style:
     def draw(rng: np.random.Generator) -> "Style":
         """Draw any style."""
         return Style(
-            **{name: options[rng.integers(len(options))] for name, options in _ANY.items()}
+            **{name: options[rng.integers(len(options))] for name, options in STYLES.items()}
         )
 
     @staticmethod
@@ -92,7 +92,7 @@ class Style:
         return Style(**{name: getattr(drawn, name) for name in kept})
 
 
-_ANY: dict[str, tuple[Any, ...]] = {
+STYLES: dict[str, tuple[Any, ...]] = {
     "attention": ("matmul", "einsum", "sdpa", "module"),
     "fused": (False, True),
     "linear": ("functional", "matmul"),
@@ -105,6 +105,7 @@ _ANY: dict[str, tuple[Any, ...]] = {
     "item": (False, True),
     "foreach": (False, True),
 }
+"""The options of each field of `Style`."""
 
 
 class TorchPort:

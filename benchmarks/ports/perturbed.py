@@ -482,7 +482,9 @@ def _(draw: Draw) -> Perturbation:
 def _(draw: Draw) -> Perturbation:
     place = f"{draw.block()}.attention.value"
     eye = torch.eye(draw.config["embed_dim"])
-    return Perturbation(one_weight(f"{place}.kernel", lambda x: eye), place, says("kernel|norm"))
+    return Perturbation(
+        one_weight(f"{place}.kernel", lambda x: eye.to(x.dtype)), place, says("kernel|norm")
+    )
 
 
 # Tokens and positions.
