@@ -380,7 +380,9 @@ FAULTS["loss-over-unmasked-positions"] = _reduced(lambda e, mask: e[~mask].mean(
 FAULTS["loss-summed"] = _reduced(lambda e, mask: e[mask].sum())
 FAULTS["loss-over-batch-times-length"] = _reduced(lambda e, mask: (e * mask).mean())
 FAULTS["loss-averaged-by-sequence"] = _reduced(_by_sequence)
-FAULTS["loss-count-plus-1e-8"] = _reduced(lambda e, mask: (e * mask).sum() / (mask.sum() + 1e-8))
+FAULTS["loss-count-plus-1e-8"] = _reduced(
+    lambda e, mask: (e * mask).sum() / (mask.sum(dtype=e.dtype) + 1e-8)
+)
 
 
 def _errors(errors: Callable[[Tensor, Tensor], Tensor]) -> type:
