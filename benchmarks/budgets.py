@@ -1,24 +1,30 @@
-"""Measure how close PyTorch comes to the budgets of ``marref compare``.
+"""Measure whether right programs stay within the budgets of ``marref compare``.
 
-    python -m benchmarks.budgets [NUM_MODELS]
+    python -m benchmarks.budgets [NUM] [--precision NAME] [--framework NAME] [--seed N] [--only N]
 
-Draws random models, runs them in stock PyTorch in float64, float32 and bfloat16, and prints for
-each the largest difference over its budget, and how many arrays went over.
+Draws NUM models a precision, runs each in PyTorch and in Flax in a random style, hands over all
+arrays that the port has, and prints every array that is flagged, and by section the largest
+difference over its budget.  The precision of a program is told by its numbers, as far as they tell
+it; TF32 and mixed precisions are said, as a user would say ``--dtype tf32``.
 """
 
-import sys
+import argparse
+import dataclasses
+from collections.abc import Callable, Iterator
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 import marref
-from marref import trees
+from benchmarks.ports import in_torch
 from marref.verify import golden
-from marref.verify.comparison import Golden, compare
-from tests.torch_mar import TorchMAR
+from marref.verify.comparison import Golden, Row, compare
+from marref.verify.rounding import MIXED, PRECISIONS
 
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16}
+FRAMEWORKS = ("torch", "flax")
+LONG = (64, 128, 256)
+NUM_FLAX_MODELS = 4
+
+Port = Callable[[Golden, str, np.random.Generator], dict[str, np.ndarray]]
 
 
 def random_model(seed: int) -> marref.MAR:
@@ -37,71 +43,99 @@ def random_model(seed: int) -> marref.MAR:
     )
 
 
-def run_torch(golden_vectors: Golden, dtype: torch.dtype) -> dict[str, np.ndarray]:
-    """Residual stream, logits, loss and gradients of PyTorch, by golden names."""
-    model = golden_vectors.model
-    module = TorchMAR(
-        vocab_size=model.vocab_size,
-        embed_dim=model.embed_dim,
-        num_layers=model.num_layers,
-        num_heads=model.num_heads,
-        seq_len=model.seq_len,
-        layer_norm_epsilon=model.layer_norm_epsilon,
-        gelu=model.gelu,
-        positions=model.positions,
-    )
-    module.load(trees.flatten(golden_vectors.params))
-    module.to(dtype)
-    arrays: dict[str, np.ndarray] = {}
+def vectors_of(seed: int, framework: str) -> Golden:
+    """Golden vectors of a random model, one in ten with long sequences.
 
-    def keep(name):
-        def hook(_module, _inputs, output):
-            arrays[f"activations/{name}"] = output.detach().double().numpy()
+    Flax compiles every operation anew for every shape: its models are a few.
+    """
+    if framework == "flax":
+        return Golden(*golden.make(random_model(seed % NUM_FLAX_MODELS), seed))
+    model = random_model(seed)
+    if seed % 10 == 9:
+        length = LONG[seed // 10 % len(LONG)]
+        model = dataclasses.replace(model, num_layers=1, seq_len=length)
+    return Golden(*golden.make(model, seed))
 
-        return hook
 
-    for index, block in enumerate(module.blocks):
-        block.register_forward_hook(keep(f"blocks.{index}.output"))
-        block.norm1.register_forward_hook(keep(f"blocks.{index}.attention_norm"))
-        block.norm2.register_forward_hook(keep(f"blocks.{index}.feed_forward_norm"))
-        block.linear1.register_forward_hook(keep(f"blocks.{index}.feed_forward.up"))
-        block.linear2.register_forward_hook(keep(f"blocks.{index}.feed_forward.down"))
-    module.final_norm.register_forward_hook(keep("final_norm"))
-    tokens, targets, mask = (
-        torch.from_numpy(golden_vectors.batch[name]) for name in ("tokens", "targets", "mask")
-    )
-    logits = module(tokens)
-    loss = F.cross_entropy(logits[mask == 1], targets[mask == 1])
-    loss.backward()
-    arrays["activations/logits"] = logits.detach().double().numpy()
-    arrays["loss"] = loss.detach().double().numpy()
-    gradients = module.views(lambda parameter: parameter.grad)
-    return arrays | {
-        f"gradients/{name}": gradient.double().numpy() for name, gradient in gradients.items()
-    }
+def run_torch(vectors: Golden, precision: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """What a right PyTorch program of random style hands over."""
+    style = in_torch.Style.draw(rng)
+    return in_torch.TorchPort(vectors, style, precision).arrays(in_torch.SECTIONS)
+
+
+def run_flax(vectors: Golden, precision: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """What a right Flax program hands over."""
+    from benchmarks.ports import in_flax
+
+    return in_flax.FlaxPort(vectors, precision).arrays(optimisers=rng.random() < 0.1)
+
+
+PORTS: dict[str, Port] = {"torch": run_torch, "flax": run_flax}
+
+
+def measured(framework: str, precision: str, seed: int) -> Iterator[Row]:
+    """Compare a random right program with golden vectors, array by array."""
+    vectors = vectors_of(seed, framework)
+    rng = np.random.default_rng([seed, PRECISIONS.index(precision)])
+    arrays = PORTS[framework](vectors, precision, rng)
+    comparison = compare(vectors, arrays, precision if precision in MIXED else None)
+    if comparison.precision != precision:
+        print(f"{framework} {precision}: seed {seed}: taken for {comparison.precision}")
+    yield from comparison.rows
+
+
+class Tally:
+    """What was found in one precision."""
+
+    def __init__(self) -> None:
+        self.ports = self.arrays = self.flagged = self.undecided = 0
+        self.accused: set[tuple[str, int]] = set()
+        self.worst: dict[str, tuple[float, str]] = {}
+
+    def add(self, framework: str, seed: int, rows: Iterator[Row]) -> None:
+        """Count the arrays of a port."""
+        self.ports += 1
+        for row in rows:
+            self.arrays += 1
+            self.undecided += row.verdict == "undecided"
+            if row.verdict == "DIFFERS":
+                self.flagged += 1
+                self.accused.add((framework, seed))
+                print(f"flagged: {framework}, seed {seed}: {row}", flush=True)
+            ratio = row.difference / row.budget if row.budget else float(row.difference > 0)
+            section = row.name.split("/")[0]
+            if ratio > self.worst.get(section, (0.0, ""))[0]:
+                self.worst[section] = ratio, f"{row.name} of {framework}, seed {seed}"
+
+    def __str__(self) -> str:
+        return (
+            f"{self.ports} ports, {len(self.accused)} accused; {self.arrays} arrays, "
+            f"{self.flagged} flagged, {self.undecided} undecided\n"
+            + "\n".join(
+                f"  {section:<21}largest difference over budget {ratio:.2g} ({name})"
+                for section, (ratio, name) in self.worst.items()
+            )
+        )
 
 
 def main() -> None:
     """Measure and print."""
-    num_models = int(sys.argv[1]) if len(sys.argv) > 1 else 1000
-    for precision, dtype in DTYPES.items():
-        worst, name, flagged, compared = 0.0, "", 0, 0
-        for seed in range(num_models):
-            vectors = Golden(*golden.make(random_model(seed), seed))
-            comparison = compare(vectors, run_torch(vectors, dtype), precision)
-            for row in comparison.rows:
-                compared += 1
-                if row.verdict == "DIFFERS":
-                    flagged += 1
-                    print(f"{precision}: model {seed}: {row}", flush=True)
-                ratio = row.difference / row.budget if row.budget else 0.0
-                if ratio > worst:
-                    worst, name = ratio, f"{row.name} of model {seed}"
-        print(
-            f"{precision}: {flagged} of {compared} arrays flagged; "
-            f"largest difference over budget {worst:.2f} ({name})",
-            flush=True,
-        )
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.budgets")
+    parser.add_argument("num", nargs="?", type=int, default=100, help="models in each precision")
+    parser.add_argument("--precision", action="append", choices=PRECISIONS)
+    parser.add_argument("--framework", action="append", choices=FRAMEWORKS)
+    parser.add_argument("--seed", type=int, default=0, help="the first")
+    parser.add_argument("--only", type=int, help="this seed alone")
+    options = parser.parse_args()
+    seeds = range(options.seed, options.seed + options.num)
+    if options.only is not None:
+        seeds = range(options.only, options.only + 1)
+    for precision in options.precision or PRECISIONS:
+        tally = Tally()
+        for seed in seeds:
+            for framework in options.framework or FRAMEWORKS:
+                tally.add(framework, seed, measured(framework, precision, seed))
+        print(f"{precision}: {tally}", flush=True)
 
 
 if __name__ == "__main__":

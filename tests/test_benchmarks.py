@@ -1,10 +1,13 @@
 import dataclasses
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from benchmarks import cases, measuring, report
 from benchmarks.measuring import Result
+from marref.verify import measure
 
 TINY = cases.Case("training", "training, tiny", "training", cases.THREE, "tiny", 16, 2)
 
@@ -121,3 +124,124 @@ def test_contestants_that_disagree_stop_it(monkeypatch, task, bounds, bound):
     monkeypatch.setitem(getattr(measuring, bounds), "float32", bound)
     with pytest.raises(SystemExit, match="does not compute what PyTorch eager computes"):
         measuring.measure([dataclasses.replace(TINY, task=task)], rounds=1)
+
+
+# Programs that diagnosis is measured on.
+
+FORWARD = ("activations", "loss", "gradients", "activation_gradients")
+
+
+@pytest.fixture(scope="module")
+def vectors():
+    pytest.importorskip("torch")
+    from benchmarks import diagnosis
+
+    return diagnosis.model_vectors(2, "torch")
+
+
+def right(vectors, sections=FORWARD):
+    return {name: x for name, x in vectors.arrays.items() if name.split("/")[0] in sections}
+
+
+def largest_difference(found, vectors):
+    return max(measure.difference(x, vectors.arrays[name]) for name, x in found.items())
+
+
+def test_ports_know_nothing_of_the_catalogue():
+    for path in (Path(__file__).parent.parent / "benchmarks" / "ports").glob("*.py"):
+        assert not re.search(r"import.*(faults|CATALOGUE|diagnosis)\b", path.read_text("utf-8"))
+
+
+def test_a_port_computes_every_golden_array_in_every_style(vectors):
+    from benchmarks.ports import in_torch
+
+    whole = in_torch.TorchPort(vectors, in_torch.Style(), "float64").arrays(in_torch.SECTIONS)
+    assert whole.keys() == right(vectors, in_torch.SECTIONS).keys()
+    assert largest_difference(whole, vectors) < 1e-12
+    for field, options in in_torch.STYLES.items():
+        for option in options:
+            style = dataclasses.replace(in_torch.Style(), **{field: option})
+            found = in_torch.TorchPort(vectors, style, "float64").arrays(FORWARD)
+            assert {*found} <= {*right(vectors)}
+            assert largest_difference(found, vectors) < 1e-12
+
+
+@pytest.mark.parametrize("precision", ["tf32", "fp16-mixed", "bfloat16"])
+def test_right_ports_are_measured_against_budgets_in_every_section(vectors, precision):
+    from benchmarks import budgets
+
+    rows = list(budgets.measured("torch", precision, 2))
+    assert len({row.name.split("/")[0] for row in rows}) == 9
+    assert not [row for row in rows if row.verdict == "DIFFERS"]
+    assert max(row.relative for row in rows) > 0
+
+
+def test_a_right_flax_port_is_measured():
+    pytest.importorskip("flax")
+    from benchmarks import budgets
+
+    rows = list(budgets.measured("flax", "float32", 2))
+    assert {row.name.split("/")[0] for row in rows} == {"activations", "loss", "gradients"}
+    assert not [row for row in rows if row.verdict == "DIFFERS"]
+
+
+def test_every_mistake_in_the_forward_or_backward_pass_is_one(vectors):
+    from benchmarks.ports import faulty, in_torch
+
+    elsewhere = ("adam", "clip", "decode")
+    # The model has them, or has no place for them.
+    hidden = {"gelu-tanh", "positions-concatenated", "layer-norm-epsilon-1e-5"}
+    hidden |= {"layer-norm-clipped-variance"}
+    for name in faulty.FAULTS:
+        if name.startswith(elsewhere) or name in hidden:
+            continue
+        port = faulty.faulty([name])(vectors, in_torch.Style(), "float64")
+        found = port.arrays(FORWARD)
+        assert largest_difference(found, vectors) > 1e-12, name
+
+
+def test_every_perturbation_is_one(vectors):
+    from benchmarks.ports import in_torch, perturbed
+
+    config = vectors.metadata["config"]
+    for index, (name, kind) in enumerate(perturbed.KINDS.items()):
+        if name.startswith(("adam", "clip", "decode")) or not perturbed.NEEDS[name](config):
+            continue
+        program = kind(perturbed.Draw(config, [2, index])).program
+        port = type("Port", (program, in_torch.TorchPort), {})
+        found = port(vectors, in_torch.Style(), "float64").arrays(FORWARD)
+        assert largest_difference(found, vectors) > 1e-12, name
+
+
+def test_answers_are_scored():
+    from benchmarks.diagnosis import score
+    from marref.verify.diagnosis import Diagnosis, Explanation
+    from marref.verify.faults import Fault
+
+    one, two, three = Fault("one"), Fault("two"), Fault("three")
+    pair = {frozenset({"one", "two"})}
+
+    def answer(*found, acceptable=pair, coarser=None):
+        return score(Diagnosis(None, found, coarser=coarser), acceptable)
+
+    assert answer(Explanation((two, one), 0.1)) == "right"
+    assert answer(Explanation((three,), 0.1, same=((one, two),))) == "right"
+    assert answer(Explanation((one, two), 0.1), Explanation((three,), 0.2)) == "right, and others"
+    assert answer(Explanation((one,), 0.1)) == "half"
+    assert answer(Explanation((one, three), 0.1)) == "wrong"
+    assert answer(Explanation((one,), 0.1), acceptable=pair | {frozenset({"one"})}) == "right"
+    assert answer() == "empty"
+    assert answer(coarser="tf32") == "coarser"
+
+
+def test_a_mistake_in_torch_is_named_and_a_perturbation_is_not():
+    pytest.importorskip("torch")
+    from benchmarks import diagnosis, perturbations
+
+    program = diagnosis.Program("torch", "float32", 2)
+    (case,) = diagnosis.judged(program, "single", ["logits"])
+    assert (case.answer, len(case.mistakes)) == ("right", 1)
+    (case,) = diagnosis.judged(program, "right", ["logits"])
+    assert case.answer == "right"
+    patient = perturbations.Patient("feed_forward.up-scaled", 2, "float32")
+    assert patient.judged("logits + loss + gradients").names in ("none", "coarser")

@@ -1,0 +1,243 @@
+"""Measure how often ``marref compare --diagnose`` names the mistake that was made.
+
+    python -m benchmarks.diagnosis [NUM] [--kind KIND] [--framework NAME] [--subset NAME]
+                                   [--precision NAME] [--seed N] [--only N]
+
+Draws NUM random models a kind, puts mistakes into a PyTorch or Flax program (none, one, two or
+three: "right", "single", "pair", "triple"), and diagnoses what it hands over, once for each subset
+of the arrays that people typically save.  A mistake that does not show within the budgets of those
+arrays is not counted.  Every answer that is not right is printed with its seed, for ``--only``.
+"""
+
+import argparse
+import collections
+import dataclasses
+import itertools
+import time
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+
+from benchmarks.budgets import FRAMEWORKS, NUM_FLAX_MODELS, random_model
+from benchmarks.ports import faulty, in_torch
+from marref.verify import golden
+from marref.verify.comparison import Comparison, Golden, compare
+from marref.verify.diagnosis import Diagnosis, Explanation, diagnose
+from marref.verify.rounding import MIXED, PRECISIONS
+
+KINDS = {"right": 0, "single": 1, "pair": 2, "triple": 3}
+"""How many mistakes there are."""
+
+SUBSETS = {
+    "logits": ("activations/logits",),
+    "logits + loss": ("activations/logits", "loss"),
+    "logits + loss + gradients": ("activations/logits", "loss", "gradients/"),
+    "activations + loss + gradients": ("activations/", "loss", "gradients/"),
+    "all": ("",),
+}
+"""What people save, by the prefixes of the names."""
+
+ANSWERS = ("right", "right, and others", "half", "empty", "coarser", "wrong", "error")
+
+Arrays = dict[str, np.ndarray]
+Names = frozenset[str]
+
+
+def score(diagnosis: Diagnosis, acceptable: set[Names]) -> str:
+    """Judge the first explanation by the sets of mistakes that compute these arrays.
+
+    "half" names some of the mistakes and nothing else; "coarser" names none, but a precision;
+    "right, and others" goes on to name what was not made.
+    """
+    if not diagnosis.explanations:
+        return "coarser" if diagnosis.coarser else "empty"
+    first, *others = diagnosis.explanations
+    if alternatives(first) & acceptable:
+        right = all(alternatives(other) & acceptable for other in others)
+        return "right" if right else "right, and others"
+    made = max(acceptable, key=len)
+    return "half" if any(names < made for names in alternatives(first)) else "wrong"
+
+
+def alternatives(explanation: Explanation) -> set[Names]:
+    """What an explanation names, and what it names as computing the same."""
+    return {
+        frozenset(fault.name for fault in faults)
+        for faults in (explanation.faults, *explanation.same)
+    }
+
+
+def score_right(diagnosis: Diagnosis) -> str:
+    """Judge what is said of a right program, whose precision was perhaps not said."""
+    return "wrong" if diagnosis.explanations else "right"
+
+
+def model_vectors(seed: int, framework: str) -> Golden:
+    """Golden vectors of a random model, one in five with an epsilon of 1e-6; of few for Flax."""
+    model = random_model(seed % NUM_FLAX_MODELS if framework == "flax" else seed)
+    if seed % 5 == 4:
+        model = dataclasses.replace(model, layer_norm_epsilon=1e-6)
+    return Golden(*golden.make(model, seed))
+
+
+class Program:
+    """A program in a framework, with any mistakes, on the golden inputs of a seed."""
+
+    def __init__(self, framework: str, precision: str, seed: int) -> None:
+        self.framework, self.precision, self.seed = framework, precision, seed
+        self.vectors = model_vectors(seed, framework)
+
+    def run(self, mistakes: Names) -> Arrays:
+        """What it hands over."""
+        if self.framework == "flax":
+            from benchmarks.ports import in_flax
+
+            port = in_flax.FlaxPort(self.vectors, self.precision, mistakes)
+            return port.arrays(optimisers=False)
+        style = in_torch.Style.draw_by_hand(np.random.default_rng(self.seed))
+        port = faulty.faulty(sorted(mistakes))(self.vectors, style, self.precision)
+        return port.arrays(in_torch.SECTIONS)
+
+    def catalogue(self) -> list[str]:
+        """The names of the mistakes that can be made."""
+        if self.framework == "flax":
+            from benchmarks.ports import in_flax
+
+            return list(in_flax.FAULTS)
+        return list(faulty.FAULTS)
+
+    def compatible(self, mistakes: Names) -> bool:
+        """Whether they can be made together."""
+        return self.framework == "flax" or faulty.compatible(mistakes)
+
+
+def drawn(program: Program, kind: str) -> Names:
+    """Draw mistakes; single ones take turns."""
+    names = program.catalogue()
+    if kind == "single":
+        return frozenset({names[program.seed % len(names)]})
+    rng = np.random.default_rng([program.seed, KINDS[kind]])
+    while True:
+        mistakes = frozenset(map(str, rng.choice(names, KINDS[kind], replace=False)))
+        if program.compatible(mistakes):
+            return mistakes
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """What was answered for one program and one subset of its arrays."""
+
+    subset: str
+    mistakes: Names
+    answer: str
+    said: str
+    seconds: float
+
+
+def judged(program: Program, kind: str, subsets: Iterator[str] | list[str]) -> Iterator[Case]:
+    """Diagnose a random program for each subset in which its mistakes show."""
+    mistakes = drawn(program, kind)
+    with np.errstate(all="ignore"):
+        runs = {names: program.run(names) for names in subsets_of(mistakes)}
+    for subset in subsets:
+        given = {names: chosen(arrays, subset) for names, arrays in runs.items()}
+        yield _judged(program, subset, mistakes, given)
+
+
+def _judged(program: Program, subset: str, mistakes: Names, given: Mapping[Names, Arrays]) -> Case:
+    arrays, start = given[mistakes], time.perf_counter()
+    said = program.precision if program.precision in MIXED and mistakes else None
+    comparison = compare(program.vectors, arrays, said)
+    acceptable = {names for names, other in given.items() if same(other, arrays, comparison)}
+    if mistakes and frozenset() in acceptable:
+        return Case(subset, mistakes, "unseen", "", 0.0)
+    try:
+        diagnosis = diagnose(program.vectors, arrays, said)
+    except Exception as error:
+        return Case(subset, mistakes, "error", repr(error), time.perf_counter() - start)
+    answer = score(diagnosis, acceptable) if mistakes else score_right(diagnosis)
+    return Case(subset, mistakes, answer, told(diagnosis), time.perf_counter() - start)
+
+
+def subsets_of(mistakes: Names) -> list[Names]:
+    """All sets of some of the mistakes, also of none."""
+    sizes = range(len(mistakes) + 1)
+    return [frozenset(some) for size in sizes for some in itertools.combinations(mistakes, size)]
+
+
+def chosen(arrays: Arrays, subset: str) -> Arrays:
+    """Keep the arrays of a subset."""
+    return {name: array for name, array in arrays.items() if name.startswith(SUBSETS[subset])}
+
+
+def same(one: Arrays, other: Arrays, comparison: Comparison) -> bool:
+    """Whether arrays are the same within the budgets of a comparison."""
+    for row in comparison.rows:
+        if one[row.name].shape != other[row.name].shape:
+            return False
+        a, b = (arrays[row.name].astype(np.float64) for arrays in (one, other))
+        with np.errstate(invalid="ignore"):
+            near = np.abs(a - b) <= row.budget
+        if not (near | (a == b) | (np.isnan(a) & np.isnan(b))).all():
+            return False
+    return True
+
+
+def told(diagnosis: Diagnosis) -> str:
+    """What a diagnosis says, in a line."""
+    first = diagnosis.comparison.first
+    found = [
+        " = ".join("+".join(sorted(names)) for names in alternatives(one)) + f" ({one.ratio:.2g})"
+        for one in diagnosis.explanations[:3]
+    ]
+    near = [
+        "+".join(fault.name for fault in one.faults) + f" ({one.ratio:.2g})"
+        for one in diagnosis.near[:2]
+    ]
+    said = "; ".join(found) or f"near {', '.join(near) or 'none'}, coarser {diagnosis.coarser}"
+    return f"first {first.name if first else None}; {said}"
+
+
+def table(counts: Mapping[tuple[str, str], collections.Counter[str]]) -> str:
+    """Write how often each answer was given, in percent of those that were seen."""
+    lines = [f"{'':<40}{'seen':>6}" + "".join(f"{answer:>19}" for answer in ANSWERS)]
+    for (kind, subset), counter in counts.items():
+        seen = counter.total() - counter["unseen"]
+        shares = "".join(
+            f"{100 * counter[answer] / seen:>18.1f}%" if seen else f"{'':>19}" for answer in ANSWERS
+        )
+        lines.append(f"{kind + ', ' + subset:<40}{seen:>6}{shares}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.diagnosis")
+    parser.add_argument("num", nargs="?", type=int, default=100, help="programs of each kind")
+    parser.add_argument("--kind", action="append", choices=KINDS)
+    parser.add_argument("--framework", choices=FRAMEWORKS, default="torch")
+    parser.add_argument("--precision", choices=PRECISIONS, default="float32")
+    parser.add_argument("--subset", action="append", choices=SUBSETS)
+    parser.add_argument("--seed", type=int, default=0, help="the first")
+    parser.add_argument("--only", type=int, help="this seed alone")
+    options = parser.parse_args()
+    seeds = range(options.seed, options.seed + options.num)
+    if options.only is not None:
+        seeds = range(options.only, options.only + 1)
+    counts: dict[tuple[str, str], collections.Counter[str]] = {}
+    for kind in options.kind or KINDS:
+        for seed in seeds:
+            program = Program(options.framework, options.precision, seed)
+            for case in judged(program, kind, options.subset or list(SUBSETS)):
+                counts.setdefault((kind, case.subset), collections.Counter())[case.answer] += 1
+                if case.answer not in ("right", "unseen") or options.only is not None:
+                    print(
+                        f"{case.answer}: --kind {kind} --only {seed} --subset {case.subset!r} "
+                        f"({case.seconds:.0f} s): {'+'.join(sorted(case.mistakes))}: {case.said}",
+                        flush=True,
+                    )
+    print(f"\n{options.framework}, {options.precision}\n{table(counts)}")
+
+
+if __name__ == "__main__":
+    main()
