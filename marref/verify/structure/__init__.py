@@ -95,6 +95,8 @@ def _with_others(case: Case) -> Case:
             for name, leaf in layers.parameters(case).items():
                 if leaf.shape == shape[-1:]:
                     addends[name] = np.broadcast_to(leaf, shape)
+            if case.name == "activations/embedding":
+                addends |= layers.parts_of_embedding(case)
             streams = layers.streams(case)
             others |= {
                 name: array

@@ -7,6 +7,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import numpy as np
 from scipy.special import ndtr
@@ -14,7 +15,7 @@ from scipy.special import ndtr
 from marref import loss, trees
 from marref.layers import attention, layer_norm, linear
 from marref.trees import Array, Tree
-from marref.verify.structure.evidence import Candidates, Case
+from marref.verify.structure.evidence import Case, Finding
 
 _NORM = {
     "without the part through its mean": "mean",
@@ -42,42 +43,112 @@ _SUM = {
 }
 
 
-def candidates(case: Case) -> Candidates:
-    """List what the gradient would be with one mistake behind it, by what is said of it."""
+class Pushed(NamedTuple):
+    """What a mistake makes of the gradients of a block, by name."""
+
+    clause: str
+    arrays: dict[str, Array]
+
+
+def found(case: Case) -> Finding | None:
+    """Say which one mistake in the backward pass comes to the gradient.
+
+    Of several that do, those that also come to the other gradients of the block are kept.
+    """
+    listed = [pushed for pushed in _candidates(case) if case.name in pushed.arrays]
+    fitting = [
+        pushed
+        for pushed in listed
+        if case.residual(pushed.arrays[case.name], tried=len(listed)) is not None
+    ]
+    wide = [pushed for pushed in fitting if _fits_block(case, pushed)]
+    return case.fitting(
+        ((pushed.clause, pushed.arrays[case.name]) for pushed in wide or fitting), len(listed)
+    )
+
+
+def _fits_block(case: Case, pushed: Pushed) -> bool:
+    given = {name: array for name, array in pushed.arrays.items() if name in case.arrays}
+    return case.all_are(given)
+
+
+def _candidates(case: Case) -> Iterator[Pushed]:
     leaf = case.name.partition("/")[2]
-    model, params = case.vectors.model, case.vectors.params
-    logits, cache = model.forward(params, case.vectors.batch["tokens"])
-    _, loss_cache = loss.forward(logits, case.vectors.batch["targets"], case.vectors.batch["mask"])
-    dhead, _ = linear.backward(params["head"], loss.backward(loss_cache), cache["head"])
-    matched = re.match(r"blocks\.(\d+)", leaf)
-    index = int(matched[1]) if matched else 0 if leaf.startswith("embedding") else None
-    if index is None:
+    model, params, batch = case.vectors.model, case.vectors.params, case.vectors.batch
+    logits, cache = model.forward(params, batch["tokens"])
+    dlogits = loss.backward(loss.forward(logits, batch["targets"], batch["mask"])[1])
+    dhead, _ = linear.backward(params["head"], dlogits, cache["head"])
+    if leaf.startswith(("head", "logits", "final_norm")):
+        yield from _of_head(case, logits, cache)
         return
+    matched = re.match(r"blocks\.(\d+)", leaf)
+    index = int(matched[1]) if matched else 0
     dy, behind = _before(params, cache, dhead, index)
     of_norm = "final_norm" if index == model.num_layers - 1 else f"blocks.{index + 1}"
+    push = functools.partial(_seen, case, params, cache, index)
     for words, changed in behind:
-        yield from _as_seen(f"{words.format(of_norm)}", changed, "", case, params, cache, index)
+        yield push(words.format(of_norm), changed, "")
     for words, wrong in _within():
-        yield from _as_seen(
-            f"{words.format(f'blocks.{index}')}", dy, wrong, case, params, cache, index
-        )
+        yield push(words.format(f"blocks.{index}"), dy, wrong)
 
 
-def _as_seen(
-    words: str, dy: Array, wrong: str, case: Case, params: Tree, cache: Tree, index: int
-) -> Candidates:
-    """Yield the array of the case's name from a block pushed back."""
-    section, _, leaf = case.name.partition("/")
+def _seen(
+    case: Case, params: Tree, cache: Tree, index: int, words: str, dy: Array, wrong: str
+) -> Pushed:
+    """Push a gradient back through a block, with or without a mistake in it."""
     dx, grads = _block(params["blocks"][index], dy, cache["blocks"][index], wrong)
-    clause = f"is what the backward pass makes {words}"
-    if section == "activation_gradients":
-        yield clause, dx if leaf == "embedding" else dy
-    elif leaf == "embedding.table":
-        table = np.zeros_like(case.golden)
+    arrays = {
+        f"gradients/blocks.{index}.{name}": grad for name, grad in trees.flatten(grads).items()
+    }
+    arrays[f"activation_gradients/blocks.{index}.output"] = dy
+    if index == 0:
+        arrays["activation_gradients/embedding"] = dx
+        table = np.zeros_like(params["embedding"]["table"])
         np.add.at(table, case.vectors.batch["tokens"], dx)
-        yield clause, table
-    else:
-        yield clause, trees.flatten(grads)[leaf.split(".", 2)[2]]
+        arrays["gradients/embedding.table"] = table
+    return Pushed(f"is what the backward pass makes {words}", arrays)
+
+
+def _of_head(case: Case, logits: Array, cache: Tree) -> Iterator[Pushed]:
+    """List what other gradients of the logits make of the head's and the final norm's."""
+    params = case.vectors.params
+    for words, dlogits in _of_logits(case, logits):
+        dhead, head = linear.backward(params["head"], dlogits, cache["head"])
+        _, norm = layer_norm.backward(params["final_norm"], dhead, cache["final_norm"])
+        arrays = {"activation_gradients/logits": dlogits}
+        arrays |= {f"gradients/head.{name}": grad for name, grad in head.items()}
+        arrays |= {f"gradients/final_norm.{name}": grad for name, grad in norm.items()}
+        yield Pushed(f"is what the backward pass makes of {words}", arrays)
+
+
+def _of_logits(case: Case, logits: Array) -> Iterator[tuple[str, Array]]:
+    batch = case.vectors.batch
+    mask, count = batch["mask"][..., None], batch["mask"].sum()
+    probabilities = attention.softmax(logits)
+    ids = np.arange(logits.shape[-1])
+    targets = (batch["targets"][..., None] == ids).astype(np.float64)
+    tokens = (batch["tokens"][..., None] == ids).astype(np.float64)
+    rows = np.maximum(mask.sum(axis=1, keepdims=True), 1)
+    right = probabilities - targets
+    yield "softmax, not less the target", probabilities * mask / count
+    yield "minus the target, without softmax", -targets * mask / count
+    yield "softmax less the target at all positions, over their number", right / mask.size
+    yield "softmax less the target at all positions, over |M|", right / count
+    yield "softmax less the target, over the number of all positions", right * mask / mask.size
+    yield "softmax less the target, over the batch", right * mask / len(mask)
+    yield "softmax less the target, not averaged", right * mask
+    yield "softmax less the target, averaged by sequence", right * mask / rows / len(mask)
+    yield "softmax less the token in place of the target", (probabilities - tokens) * mask / count
+    for shift in (-1, 1):
+        rolled = np.roll(targets, shift, axis=1)
+        words = "next" if shift < 0 else "previous"
+        yield f"softmax less the {words} target", (probabilities - rolled) * mask / count
+    for amount in (0.05, 0.1, 0.2):
+        smooth = (1 - amount) * targets + amount / len(ids)
+        text = f"softmax less the target smoothed by {amount:g}"
+        yield text, (probabilities - smooth) * mask / count
+    own = (probabilities * targets).sum(axis=-1, keepdims=True)
+    yield "the target's probability in place of its logarithm", right * own * mask / count
 
 
 def _before(

@@ -2,10 +2,12 @@
 
 import itertools
 import re
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
 from marref import schedules
+from marref.schedules import Schedule
 from marref.trees import Array
 from marref.verify import golden
 from marref.verify.structure.evidence import Case, Finding
@@ -30,67 +32,137 @@ def decoder(case: Case) -> list[Finding]:
 
 def counts(case: Case) -> Finding | None:
     """Say what a schedule's counts are."""
-    name, masked, steps = case.name.split("/")[1:]
+    _, name, masked, num_steps = case.name.split("/")
     yours = case.yours.astype(np.int64)
-    shown = ", ".join(map(str, yours[:8]))
-    total = int(yours.sum())
+    shown, total = _list(yours.tolist()), int(yours.sum())
+    given = {
+        (int(other.split("/")[2]), int(other.split("/")[3])): np.asarray(array)
+        for other, array in case.arrays.items()
+        if other.startswith(f"schedule/{name}/")
+    }
+    for words, schedule in _SCHEDULES.items():
+        if all(np.array_equal(schedule(*sizes), array) for sizes, array in given.items()):
+            return Finding(f"has {words}, as have all {len(given)} of its kind given: {shown}")
+    expected = _list(case.golden.astype(np.int64).tolist())
     if total != int(masked):
         return Finding(f"reveals {shown}: {total} in all, of {masked} masked positions")
-    for other, schedule in schedules.SCHEDULES.items():
-        if other != name and np.array_equal(schedule(int(masked), int(steps)), yours):
-            return Finding(f"has the counts of the {other} schedule: {shown}")
-    if len(yours) > 1 and np.array_equal(yours[::-1], case.golden):
-        return Finding(f"has the golden counts in reverse: {shown}")
     if (yours < 1).any():
         return Finding(f"reveals nothing in step {int((yours < 1).argmax()) + 1}: {shown}")
-    return Finding(
-        f"reveals {shown}, where {', '.join(f'{n:g}' for n in case.golden[:8])} is expected"
-    )
+    return Finding(f"reveals {shown} in {num_steps} steps, where {expected} is expected")
+
+
+def _after(bound: Callable[[int, int, Array], Array], *, least: bool = True) -> Schedule:
+    """Make a schedule of what is masked after steps 1 to K - 1, all but the last."""
+
+    def schedule(masked: int, num_steps: int) -> Array:
+        num_steps = min(num_steps, masked)
+        step = np.arange(1, num_steps)
+        left = bound(masked, num_steps, step).astype(np.int64)
+        if least:
+            falling = np.minimum.accumulate(np.maximum(left, num_steps - step) + step)
+            left = np.minimum(falling, masked) - step
+        return np.asarray(-np.diff(left, prepend=masked, append=0))
+
+    return schedule
+
+
+def _cosines(num_steps: int, step: Array) -> Array:
+    # To 12 digits, so that the floor of a half is no matter of rounding.
+    return np.round(np.cos(np.pi * step / (2 * num_steps)), 12)
+
+
+_SCHEDULES: dict[str, Schedule] = {
+    **{f"the counts of the {name} schedule": one for name, one in schedules.SCHEDULES.items()},
+    "the counts of the cosine schedule in reverse": lambda n, k: schedules.cosine(n, k)[::-1],
+    "the counts of a cosine rounded to the nearest": _after(
+        lambda n, k, i: np.rint(n * np.cos(np.pi * i / (2 * k)))
+    ),
+    "the counts of a cosine rounded up": _after(lambda n, k, i: np.ceil(n * _cosines(k, i))),
+    "the counts of a cosine without a minimum of one": _after(
+        lambda n, k, i: np.floor(n * _cosines(k, i)), least=False
+    ),
+    "the counts of the square of a cosine": _after(
+        lambda n, k, i: np.floor(n * _cosines(k, i) ** 2)
+    ),
+    "the counts of the root of a cosine": _after(
+        lambda n, k, i: np.floor(n * _cosines(k, i) ** 0.5)
+    ),
+    "the counts of 1 less a sine": _after(
+        lambda n, k, i: np.floor(n * np.round(1 - np.sin(np.pi * i / (2 * k)), 12))
+    ),
+    "the counts of a square": _after(lambda n, k, i: np.floor(n * (1 - (i / k) ** 2))),
+    "the counts of a cosine in float32": _after(
+        lambda n, k, i: np.floor(np.float32(n) * np.cos(np.float32(np.pi / 2) * np.float32(i / k)))
+    ),
+    "the counts of a cosine that ends a step early": _after(
+        lambda n, k, i: np.maximum(1, np.floor(n * np.cos(np.pi / 2 * i / max(k - 1, 1)))),
+        least=False,
+    ),
+    "the counts of equal numbers, masked ones rounded down": _after(
+        lambda n, k, i: (k - i) * n // k
+    ),
+    "the counts of equal numbers, masked ones rounded up": _after(
+        lambda n, k, i: -(-(k - i) * n // k)
+    ),
+    "the counts of equal numbers, the remainder first": _after(
+        lambda n, k, i: n - n // k * i - np.minimum(n % k, i)
+    ),
+    "the counts of equal numbers, the remainder last": _after(lambda n, k, i: n - n // k * i),
+}
 
 
 def _counts(case: Case, setting: str, mask: Array | None) -> list[str]:
     """Compare the number revealed in each step."""
-    expected = np.asarray(case.vectors.arrays[f"decode/{setting}/steps/mask"]).astype(bool)
     if mask is None:
         return []
-    mask = mask.astype(bool)
-    started = np.asarray(case.vectors.arrays[f"decode/{setting}/start"]) == 0
     sentences = []
-    for row in range(started.shape[0]):
-        yours, right = (_revealed(m[:, row], started[row]) for m in (mask, expected))
-        if yours == right:
-            continue
-        others = _other_counts(int(started[row].sum()), setting)
-        known = [words for words, numbers in others.items() if numbers == yours]
-        like = f", as {' or '.join(known)} does" if known else ""
-        if len(yours) > 1 and yours[0] == started[row].sum():
-            like = ": all in the first step"
-        sentences.append(
-            f"reveals {_list(yours)} tokens in its steps, where {_list(right)} is expected{like}"
-        )
-        break
+    for yours, right, masked in _all_revealed(case, setting):
+        if yours != right:
+            like = f": {' or '.join(_known(case, setting))}" if _known(case, setting) else ""
+            if len(yours) > 1 and yours[0] == masked:
+                like = ": all in the first step"
+            shown = f"reveals {_list(yours)} tokens in its steps, where {_list(right)} is expected"
+            sentences.append(f"{shown}{like}")
+            break
     if mask[-1].any():
         sentences.append(f"still masks {int(mask[-1].sum())} positions after the last step")
     return sentences
 
 
+def _known(case: Case, setting: str) -> list[str]:
+    """Name the schedules that have the counts of all settings given that ask for the same one."""
+    kind = golden.DECODINGS[setting].get("schedule", "cosine")
+    alike = [
+        (other, revealed)
+        for other, options in golden.DECODINGS.items()
+        if options.get("schedule", "cosine") == kind and f"decode/{other}/steps/mask" in case.arrays
+        for revealed in _all_revealed(case, other)
+    ]
+    return [
+        words
+        for words, schedule in _SCHEDULES.items()
+        if all(
+            schedule(masked, golden.DECODINGS[other]["num_steps"]).tolist() == yours
+            for other, (yours, _, masked) in alike
+        )
+    ][:2]
+
+
+def _all_revealed(case: Case, setting: str) -> Iterator[tuple[list[int], list[int], int]]:
+    """For each sequence, the numbers revealed in its steps, the golden ones, and their sum."""
+    name = f"decode/{setting}/steps/mask"
+    yours, right = (np.asarray(x[name]).astype(bool) for x in (case.arrays, case.vectors.arrays))
+    started = np.asarray(case.vectors.arrays[f"decode/{setting}/start"]) == 0
+    for row, masked in enumerate(started):
+        counts = [_revealed(mask[:, row], masked) for mask in (yours, right)]
+        # Sequences with fewer masked positions have no steps at the end.
+        cut = [numbers[: max(1, np.count_nonzero(np.cumsum(numbers[::-1])))] for numbers in counts]
+        yield cut[0], cut[1], int(masked.sum())
+
+
 def _revealed(masks: Array, started: Array) -> list[int]:
     left = [int(started.sum()), *(int(mask.sum()) for mask in masks)]
     return [before - after for before, after in itertools.pairwise(left)]
-
-
-def _other_counts(masked: int, setting: str) -> dict[str, list[int]]:
-    steps = golden.DECODINGS[setting]["num_steps"]
-    found = {
-        f"the {name} schedule": schedule(masked, steps).tolist()
-        for name, schedule in schedules.SCHEDULES.items()
-    }
-    found["the cosine schedule in reverse"] = found["the cosine schedule"][::-1]
-    used = min(steps, masked)
-    found["an equal number, rounded down,"] = [masked // used] * (used - 1) + [
-        masked - (masked // used) * (used - 1)
-    ]
-    return found
 
 
 def _list(numbers: list[int]) -> str:

@@ -162,7 +162,8 @@ def bits(yours: Array, golden: Array, distance: float, budget: float) -> Array:
 def either(clauses: list[str]) -> str:
     """Join what cannot be told apart: "is A, or B"."""
     first_, *rest = clauses[:3]
-    return ", or ".join([first_, *(clause.removeprefix("is ") for clause in rest)])
+    more = [f"{len(clauses) - 3} others like these"] if len(clauses) > 3 else []
+    return ", or ".join([first_, *(clause.removeprefix("is ") for clause in rest), *more])
 
 
 Hint = Callable[[Case], Finding | None]

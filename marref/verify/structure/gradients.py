@@ -68,9 +68,9 @@ def of_gradient(case: Case) -> Finding | None:
     leaf = case.name.partition("/")[2]
     if leaf == "embedding.table":
         found = case.fitting(_table_candidates(case))
-        return found or case.fitting(backward.candidates(case))
+        return found or backward.found(case)
     found = case.fitting(_bias_candidates(case)) if leaf.endswith(".bias") else None
-    return found or case.fitting(backward.candidates(case))
+    return found or backward.found(case)
 
 
 def _table_candidates(case: Case) -> Candidates:

@@ -219,6 +219,7 @@ def _norm_candidates(case: Case, name: str, x: Array, source: str, block: str) -
         }
         for other in _EPSILONS:
             plain[f"with epsilon {other:g}"] = normalise(x, other)
+        for other in _EPSILONS:
             if other != epsilon:
                 text = f"with epsilon {other:g} outside the root"
                 plain[text] = centred / (np.sqrt(variance) + other)
@@ -591,6 +592,17 @@ def embedding(case: Case) -> Finding | None:
         return None
     clauses = list(dict.fromkeys(result.clause for result in found))
     return Finding(either(clauses), min(result.residual or 0.0 for result in found))
+
+
+def parts_of_embedding(case: Case) -> dict[str, Array]:
+    """Return what is added up in the golden embedding."""
+    tokens, model = case.vectors.batch["tokens"], case.vectors.model
+    waves = sinusoidal_table(tokens.shape[1], model.embed_dim, model.positions)
+    rows = parameters(case)["embedding.table"][tokens]
+    return {
+        "the token's row of the table": rows,
+        "the positions": np.broadcast_to(waves, rows.shape),
+    }
 
 
 def _position_tables(length: int, dim: int, kind: str) -> Iterator[tuple[str, Array]]:

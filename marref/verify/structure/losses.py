@@ -137,7 +137,7 @@ def _means(case: Case) -> list[tuple[str, Array]]:
     """List the weights of the positions, [batch, length], by what is wrong with them."""
     mask = case.vectors.batch["mask"].astype(np.float64)
     tokens = case.vectors.batch["tokens"]
-    batch, length = mask.shape[0], mask.shape[1]
+    batch, length = case.vectors.batch["tokens"].shape
     count = mask.sum()
     rows = mask.sum(axis=1)
     filled = rows > 0

@@ -24,8 +24,8 @@ def steps(case: Case) -> Finding | None:
     return (
         _unchanged(case, names)
         or _another_section(case, section, count, names)
-        or _factor(case, names)
         or _settings(case, section, int(count), names)
+        or _factor(case, names)
     )
 
 
@@ -83,8 +83,9 @@ def _settings(case: Case, section: str, count: int, names: list[str]) -> Finding
     if case.vectors.model.embed_dim > 64 and count > 2:
         return None
     found = []
+    start = _gradients(case, trees.flatten(case.vectors.params))
     for words, changed, decayed, clip in _variants(options, max_norm):
-        arrays = _run(case, count, changed, decayed, clip)
+        arrays = _run(case, count, changed, decayed, clip, start)
         expected = {name: arrays[name.split("/", 2)[2]] for name in names}
         if case.all_are(expected, tried=_TRIED):
             found.append(words)
@@ -120,6 +121,8 @@ def _variants(
     yield "without the correction of the first moment", options, "first uncorrected", clip
     yield "without the correction of the second moment", options, "second uncorrected", clip
     yield "with epsilon inside the root", options, "inside", clip
+    yield "with epsilon added before the correction", options, "before", clip
+    yield "with its steps counted from 2", options, "ahead", clip
     yield "without the root of the second moment", options, "unrooted", clip
     yield "with gradients added up over the steps (not set to 0)", options, "accumulate", clip
     if max_norm is not None:
@@ -132,13 +135,18 @@ def _variants(
 
 
 def _run(
-    case: Case, count: int, options: dict[str, float], how: str, clip: str
+    case: Case,
+    count: int,
+    options: dict[str, float],
+    how: str,
+    clip: str,
+    start: dict[str, Array],
 ) -> dict[str, Array]:
     """Take steps of Adam from the golden parameters, in a way that is said by a word."""
     params = trees.flatten(case.vectors.params)
     m, v, added = ({name: np.zeros_like(leaf) for name, leaf in params.items()} for _ in range(3))
     for t in range(1, count + 1):
-        grads = _gradients(case, params)
+        grads = start if t == 1 else _gradients(case, params)
         if how == "accumulate":
             added = {name: added[name] + grads[name] for name in grads}
             grads = added
@@ -158,6 +166,10 @@ def _run(
 
 def _direction(m: Array, v: Array, t: int, options: dict[str, float], how: str) -> Array:
     """Divide the moments: corrected, unless said otherwise."""
+    t += how == "ahead"
+    if how == "before":
+        correction = math.sqrt(1.0 - options["beta2"] ** t) / (1.0 - options["beta1"] ** t)
+        return np.asarray(correction * m / (np.sqrt(v) + options["epsilon"]))
     if how not in ("uncorrected", "first uncorrected"):
         m = m / (1.0 - options["beta1"] ** t)
     if how not in ("uncorrected", "second uncorrected"):
