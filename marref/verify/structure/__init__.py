@@ -20,7 +20,17 @@ import numpy as np
 
 from marref.trees import Array
 from marref.verify.comparison import Comparison, Golden, Row
-from marref.verify.structure import decoder, gradients, layers, losses, optimisers, places
+from marref.verify.structure import (
+    chain,
+    decoder,
+    embeddings,
+    gradients,
+    layers,
+    losses,
+    optimisers,
+    places,
+    sources,
+)
 from marref.verify.structure.evidence import Case, Finding, first, floor
 from marref.verify.structure.relations import RELATIONS
 
@@ -52,7 +62,11 @@ def hints(
         return ()
     row = _begins(golden_vectors, comparison)
     case = _case(golden_vectors, arrays, comparison, row)
-    return tuple(found.sentence(f"your {row.name}") for found in _found(case)[:MOST])
+    setting = "/".join(row.name.split("/")[:2])
+    subject = (
+        f"your decoder, in {setting}," if setting.startswith("decode/") else f"your {row.name}"
+    )
+    return tuple(found.sentence(subject) for found in _found(case)[:MOST])
 
 
 def _begins(golden_vectors: Golden, comparison: Comparison) -> Row:
@@ -92,12 +106,12 @@ def _with_others(case: Case) -> Case:
             if name.split("/")[0] == section and name != case.name and array.shape == shape
         }
         if section == "activations" and len(shape) == 3:
-            for name, leaf in layers.parameters(case).items():
+            for name, leaf in case.parameters.items():
                 if leaf.shape == shape[-1:]:
                     addends[name] = np.broadcast_to(leaf, shape)
             if case.name == "activations/embedding":
-                addends |= layers.parts_of_embedding(case)
-            streams = layers.streams(case)
+                addends |= embeddings.parts(case)
+            streams = sources.streams(case)
             others |= {
                 name: array
                 for name, array in streams.items()
@@ -121,7 +135,7 @@ def _found(case: Case) -> list[Finding]:
     if section == "loss":
         return _some(losses.loss(case) or losses.ratio(case))
     hints = {
-        "activations": (layers.of_layer,),
+        "activations": (layers.of_layer, chain.found),
         "gradients": (gradients.zeros, gradients.common_factor, gradients.of_gradient),
         "activation_gradients": (gradients.common_factor,),
     }.get(section, (optimisers.steps,) if section in optimisers.SECTIONS else ())

@@ -1,7 +1,6 @@
 """What a decoder did: how many it revealed, when, where, and what it left or changed."""
 
 import itertools
-import re
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -22,11 +21,12 @@ def decoder(case: Case) -> list[Finding]:
         if (name := f"decode/{setting}/steps/{key}") in case.arrays
     }
     found = [
+        *_changed(case, setting, steps.get("tokens"), steps.get("mask")),
         *_counts(case, setting, steps.get("mask")),
         *_order(case, setting, steps.get("mask")),
         *_confidences(case, setting, steps.get("confidence")),
-        *_tokens(case, setting, steps.get("tokens")),
     ]
+    found = found or _other_tokens(case)
     return [Finding(clause) for clause in found]
 
 
@@ -156,7 +156,9 @@ def _all_revealed(case: Case, setting: str) -> Iterator[tuple[list[int], list[in
     for row, masked in enumerate(started):
         counts = [_revealed(mask[:, row], masked) for mask in (yours, right)]
         # Sequences with fewer masked positions have no steps at the end.
-        cut = [numbers[: max(1, np.count_nonzero(np.cumsum(numbers[::-1])))] for numbers in counts]
+        cut = [
+            numbers[: max(1, int(np.count_nonzero(np.cumsum(numbers[::-1]))))] for numbers in counts
+        ]
         yield cut[0], cut[1], int(masked.sum())
 
 
@@ -241,28 +243,31 @@ def _other_setting(case: Case, setting: str, first: Array, budget: float) -> str
     return ""
 
 
-def _tokens(case: Case, setting: str, steps: Array | None) -> list[str]:
-    """Say which tokens were changed, left or given another id."""
+def _changed(case: Case, setting: str, steps: Array | None, masks: Array | None) -> list[str]:
+    """Say which tokens were changed that stood, or left out."""
     start = np.asarray(case.vectors.arrays[f"decode/{setting}/start"])
     known = start != 0
     result = case.arrays.get(f"decode/{setting}/tokens")
+    states = ([] if steps is None else list(steps)) + ([] if result is None else [result])
     sentences = []
-    states = [] if steps is None else list(steps)
-    states += [] if result is None else [np.asarray(result)]
-    for state in states:
-        if state.shape == start.shape and (state[known] != start[known]).any():
-            count = int((state[known] != start[known]).sum())
-            sentences.append(f"changes {count} of {int(known.sum())} tokens that were known")
-            break
-    if result is not None:
-        left = int((np.asarray(result) == 0).sum())
-        if left:
-            sentences.append(f"has [MASK] at {left} positions of the result")
-    if not sentences and re.search(r"tokens$", case.name):
-        expected = np.asarray(case.vectors.arrays[case.name])
-        yours = np.asarray(case.arrays[case.name])
-        if yours.shape == expected.shape and expected.ndim == 3:
-            differ = (yours != expected).any(axis=(1, 2))
-            if differ.any():
-                sentences.append(f"has other tokens from step {int(differ.argmax()) + 1} on")
+    counts = [int((np.asarray(state)[known] != start[known]).sum()) for state in states]
+    if any(counts):
+        sentences.append(f"changes {max(counts)} of {int(known.sum())} tokens that were known")
+    if steps is not None and masks is not None and len(states) > 1:
+        for index, (before, after) in enumerate(itertools.pairwise(states)):
+            out = ~np.asarray(masks[min(index, len(masks) - 1)]).astype(bool) & ~known
+            if (np.asarray(before)[out] != np.asarray(after)[out]).any():
+                sentences.append(f"changes tokens after step {index + 1} that had been revealed")
+                break
+    left = 0 if result is None else int((np.asarray(result) == 0).sum())
+    if left:
+        sentences.append(f"has [MASK] at {left} positions of the result")
     return sentences
+
+
+def _other_tokens(case: Case) -> list[str]:
+    expected, yours = np.asarray(case.vectors.arrays[case.name]), np.asarray(case.arrays[case.name])
+    if not case.name.endswith("steps/tokens"):
+        return []
+    differ = (yours != expected).any(axis=(1, 2))
+    return [f"has other tokens from step {int(differ.argmax()) + 1} on"]

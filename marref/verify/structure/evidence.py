@@ -9,14 +9,16 @@ differs by not much more than it is off.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
 
+from marref import trees
 from marref.trees import Array
-from marref.verify import measure
+from marref.verify import measure, trace
 from marref.verify.comparison import Comparison, Golden
 from marref.verify.rounding import EPSILON
 
@@ -71,6 +73,17 @@ class Case:
     comparison: Comparison
     others: Mapping[str, Array] = dataclasses.field(default_factory=dict)
     addends: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+
+    @functools.cached_property
+    def parameters(self) -> dict[str, Array]:
+        """The golden parameters by name."""
+        return trees.flatten(self.vectors.params)
+
+    @functools.cached_property
+    def activations(self) -> dict[str, Array]:
+        """All golden activations by name, float64, in the order of computation."""
+        vectors = self.vectors
+        return trace.activations(vectors.model, vectors.params, vectors.batch["tokens"])
 
     def tolerance(self, candidate: Array) -> float:
         """How far yours may be from a candidate: a larger array has larger errors."""

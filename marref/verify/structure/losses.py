@@ -89,7 +89,7 @@ def _entropies(case: Case) -> list[tuple[str, Array]]:
     """List the losses of every position, [batch, length], by what is wrong with them."""
     logits = np.asarray(case.vectors.arrays["activations/logits"], np.float64)
     batch = case.vectors.batch
-    targets, tokens = batch["targets"], batch["tokens"]
+    targets, tokens, count = batch["targets"], batch["tokens"], case.vectors.model.vocab_size
     flat = logits.reshape(-1, logits.shape[-1])
     logs = log_softmax(flat).reshape(logits.shape)
 
@@ -114,7 +114,7 @@ def _entropies(case: Case) -> list[tuple[str, Array]]:
         uniform = -logs.mean(axis=-1)
         smooth = (1 - amount) * right + amount * uniform
         found.append((f"the cross-entropy with label smoothing {amount:g}", smooth))
-        others = (uniform * logs.shape[-1] - right) / (logs.shape[-1] - 1)
+        others = (uniform * count - right) / (count - 1)
         text = f"the cross-entropy with label smoothing {amount:g} over the other ids"
         found.append((text, (1 - amount) * right + amount * others))
     probabilities = np.exp(-right)
@@ -137,7 +137,7 @@ def _means(case: Case) -> list[tuple[str, Array]]:
     """List the weights of the positions, [batch, length], by what is wrong with them."""
     mask = case.vectors.batch["mask"].astype(np.float64)
     tokens = case.vectors.batch["tokens"]
-    batch, length = case.vectors.batch["tokens"].shape
+    batch, length = tokens.shape
     count = mask.sum()
     rows = mask.sum(axis=1)
     filled = rows > 0
