@@ -21,6 +21,8 @@ import numpy as np
 from marref.trees import Array
 from marref.verify.comparison import Comparison, Golden, Row
 from marref.verify.structure import (
+    attending,
+    backward,
     chain,
     decoder,
     embeddings,
@@ -31,8 +33,8 @@ from marref.verify.structure import (
     places,
     sources,
 )
-from marref.verify.structure.evidence import Case, Finding, first, floor
-from marref.verify.structure.relations import RELATIONS
+from marref.verify.structure.evidence import Case, Finding, Hint, first, floor
+from marref.verify.structure.relations import RELATIONS, SIMPLE, by_axes
 
 __all__ = ["hints"]
 
@@ -134,15 +136,30 @@ def _found(case: Case) -> list[Finding]:
         return []
     if section == "loss":
         return _some(losses.loss(case) or losses.ratio(case))
-    hints = {
-        "activations": (layers.of_layer, chain.found),
-        "gradients": (gradients.zeros, gradients.common_factor, gradients.of_gradient),
-        "activation_gradients": (gradients.common_factor,),
-    }.get(section, (optimisers.steps,) if section in optimisers.SECTIONS else ())
-    what = first((*hints, *RELATIONS), case)
+    what = first((*_hints(section), *RELATIONS), case)
     if what is not None:
         return [what]
-    return [*_some(places.parts(case)), *_some(places.jump(case))]
+    rows = attending.rows(case) if case.name.endswith("attention.weights") else None
+    where = places.parts(case)
+    if where is None or where.residual is None:
+        where = by_axes(case) or where
+    return [*_some(rows), *_some(where), *_some(places.jump(case))]
+
+
+def _hints(section: str) -> tuple[Hint, ...]:
+    """List what is asked of the arrays of a section before their relation to the golden ones."""
+    of_section: dict[str, tuple[Hint, ...]] = {
+        "activations": (*SIMPLE, layers.of_layer, chain.found),
+        "gradients": (
+            gradients.zeros,
+            gradients.common_factor,
+            *SIMPLE,
+            gradients.of_gradient,
+        ),
+        "activation_gradients": (gradients.common_factor, *SIMPLE, backward.found),
+        **dict.fromkeys(optimisers.SECTIONS, (optimisers.steps, *SIMPLE)),
+    }
+    return of_section.get(section, SIMPLE)
 
 
 def _some(finding: Finding | None) -> list[Finding]:

@@ -108,7 +108,7 @@ def temperature(case: Case, block: str, _: str) -> Finding | None:
     )
 
 
-def rows(case: Case, _block: str, _part: str) -> Finding | None:
+def rows(case: Case) -> Finding | None:
     """Say what the rows or columns of yours add up to, if that is no 1 or wrong."""
     tolerance = case.tolerance(case.golden) * case.golden.shape[-1]
     for axis, word in ((-2, "columns (over the queries)"), (1, "sums over the heads")):

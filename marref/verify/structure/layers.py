@@ -22,7 +22,7 @@ _CANDIDATES: dict[str, Callable[[Case, str, str], Candidates]] = {
 _FITTED: dict[str, tuple[Callable[[Case, str, str], Finding | None], ...]] = {
     r"embedding": (embeddings.fitted,),
     r"(attention|feed_forward|final)_norm": (norms.epsilon,),
-    r"attention\.weights": (attending.temperature, attending.rows),
+    r"attention\.weights": (attending.temperature,),
     r"feed_forward\.activation": (functions.alone,),
     r"output": (sums.fitted,),
 }

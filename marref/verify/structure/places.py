@@ -37,11 +37,11 @@ def parts(case: Case) -> Finding | None:
     wrong = _distinct(case)
     if wrong is None:
         return None
+    if wrong.sum() == 1:
+        return _single(case, wrong)
     place, region = _region(case, wrong)
     if region is None:
-        if wrong.sum() > 1:
-            return None
-        return _single(case, wrong)
+        return None
     there = first(relations.OF_A_PART, case.part(region))
     moved = _moved(case, region) if there is None else None
     if there is not None:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 
@@ -54,9 +54,11 @@ def dropped(case: Case) -> Finding | None:
     if residual is None or bits < kept.size + evidence.BITS:
         return None
     count, rate = int((~kept).sum()), 1.0 - 1.0 / value if value > 1.0 else 0.0
+    if rate < 0.01:
+        return None
     return Finding(
         f"is 0 in {count} of {kept.size} entries and the golden array times {number(value)} in "
-        f"the others" + (f", as dropout with p = {rate:.2g} makes it" if rate > 0.0 else ""),
+        f"the others, as dropout with p = {rate:.2g} makes it",
         residual,
     )
 
@@ -98,8 +100,20 @@ def addend(case: Case) -> Finding | None:
 
 def by_axis(case: Case) -> Finding | None:
     """Yours is the golden array times, or plus, a number for each head, position, feature, …."""
+    return _by(case, itertools.combinations(range(case.golden.ndim), 1))
+
+
+def by_axes(case: Case) -> Finding | None:
+    """The same with a number for each head and position, position and feature, …."""
+    counts = range(2, case.golden.ndim)
+    return _by(
+        case, (axes for n in counts for axes in itertools.combinations(range(case.golden.ndim), n))
+    )
+
+
+def _by(case: Case, choices: Iterable[tuple[int, ...]]) -> Finding | None:
     difference = case.yours - case.golden
-    for kept in _axes_kept(case.golden.ndim):
+    for kept in choices:
         fitted = math.prod(case.golden.shape[axis] for axis in kept)
         if fitted * 3 > case.golden.size:
             continue
@@ -118,11 +132,6 @@ def by_axis(case: Case) -> Finding | None:
             shown = _listed(value.ravel())
             return Finding(f"is the golden array plus a number for each {words}{shown}", residual)
     return None
-
-
-def _axes_kept(count: int) -> Iterator[tuple[int, ...]]:
-    for size in range(1, count):
-        yield from itertools.combinations(range(count), size)
 
 
 def _listed(values: Array) -> str:
@@ -230,9 +239,10 @@ def same_numbers(case: Case) -> Finding | None:
     return Finding("holds the golden numbers in another order", distance / case.budget)
 
 
+SIMPLE: tuple[Hint, ...] = (zero, factor)
+"""What is said before it is asked what a layer would make."""
+
 RELATIONS: tuple[Hint, ...] = (
-    zero,
-    factor,
     offset,
     another,
     rearranged,
