@@ -1,0 +1,141 @@
+"""What an activation would be, had a layer before it that was not given one mistake.
+
+Few programs hand over what happens inside of attention.  So where a difference first shows in an
+array whose predecessors were not given, each layer between it and the last one that agrees is
+changed in turn, as in `marref.verify.structure.layers`, and what follows is computed.
+"""
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+from marref.layers import attention, gelu
+from marref.trees import Array
+from marref.verify.structure import layers
+from marref.verify.structure.evidence import Case, Finding
+from marref.verify.structure.sources import normalise
+
+_MOST_STAGES = 14
+
+
+def found(case: Case) -> Finding | None:
+    """Say which one mistake in a layer before comes to yours."""
+    order = list(case.activations)
+    target = case.name.removeprefix("activations/")
+    if target not in order:
+        return None
+    place = order.index(target)
+    between = []
+    for name in reversed(order[max(0, place - _MOST_STAGES) : place]):
+        agrees = f"activations/{name}" in case.arrays
+        if agrees and _cuts(name):
+            break
+        if not agrees:
+            between.append(name)
+    candidates = [
+        (f"is what follows if {name} {clause}", made)
+        for name in between
+        for clause, array in layers.candidates(case, name)
+        if (made := _pushed(case, order[order.index(name) : place + 1], {name: array})) is not None
+    ]
+    candidates += _together(case, order[: place + 1], between)
+    return case.fitting(candidates)
+
+
+def _cuts(name: str) -> bool:
+    """Whether all that comes after an activation follows from it, or from it and what it shows."""
+    return (
+        name == "embedding"
+        or name.endswith(("feed_forward_norm", "final_norm"))
+        or (name.endswith(".output") and not name.endswith("attention.output"))
+    )
+
+
+def _together(case: Case, order: list[str], between: list[str]) -> list[tuple[str, Array]]:
+    """List what follows from one and the same mistake in query, key and value."""
+    found = []
+    blocks = [name.removesuffix("attention.query") for name in between if "query" in name]
+    for block in blocks:
+        names = [f"{block}attention.{part}" for part in ("query", "key", "value")]
+        if not all(name in between for name in names):
+            continue
+        alike = [
+            {
+                clause.replace(name, "the layer"): array
+                for clause, array in layers.candidates(case, name)
+            }
+            for name in names
+        ]
+        for clause, array in alike[0].items():
+            if clause in alike[1] and clause in alike[2]:
+                changed = dict(zip(names, [array, alike[1][clause], alike[2][clause]], strict=True))
+                made = _pushed(case, order[order.index(names[0]) :], changed)
+                if made is not None:
+                    said = f"is what follows if query, key and value of {block[:-1]} each {clause}"
+                    found.append((said, made))
+    return found
+
+
+def _pushed(case: Case, order: list[str], changed: dict[str, Array]) -> Array | None:
+    """Compute what follows from changed activations, up to the last of an order."""
+    known = dict(changed)
+    for name in order:
+        if name in changed:
+            continue
+        made = _computed(case, name, known)
+        if made is None or not np.isfinite(made).all():
+            return None
+        if not np.array_equal(made, case.activations[name]):
+            known[name] = made
+    return known.get(order[-1])
+
+
+def _computed(case: Case, name: str, known: dict[str, Array]) -> Array | None:
+    """Compute an activation from those before it: the changed ones, and the golden others."""
+    model, leaves = case.vectors.model, case.parameters
+
+    def at(other: str) -> Array:
+        return known[other] if other in known else case.activations[other]
+
+    def linear(layer: str, source: str) -> Array:
+        return np.asarray(at(source) @ leaves[f"{layer}.kernel"] + leaves[f"{layer}.bias"])
+
+    def norm(layer: str, x: Array) -> Array:
+        normalised = normalise(x, model.layer_norm_epsilon)
+        return np.asarray(normalised * leaves[f"{layer}.scale"] + leaves[f"{layer}.bias"])
+
+    if name == "final_norm":
+        return norm(name, at(f"blocks.{model.num_layers - 1}.output"))
+    if name == "logits":
+        return linear("head", "final_norm")
+    if name == "embedding":
+        return case.activations[name]
+    index, _, part = name.removeprefix("blocks.").partition(".")
+    block = f"blocks.{index}"
+    before = f"blocks.{int(index) - 1}.output" if int(index) else "embedding"
+    steps: dict[str, Callable[[], Array]] = {
+        "attention_norm": lambda: norm(name, at(before)),
+        "attention.weights": lambda: attention.softmax(
+            at(f"{block}.attention.query")
+            @ at(f"{block}.attention.key").mT
+            / math.sqrt(model.embed_dim // model.num_heads)
+        ),
+        "attention.context": lambda: attention.merge_heads(
+            at(f"{block}.attention.weights") @ at(f"{block}.attention.value")
+        ),
+        "attention.output": lambda: linear(name, f"{block}.attention.context"),
+        "feed_forward_norm": lambda: norm(name, at(before) + at(f"{block}.attention.output")),
+        "feed_forward.up": lambda: linear(name, f"{block}.feed_forward_norm"),
+        "feed_forward.activation": lambda: gelu.forward(at(f"{block}.feed_forward.up"), model.gelu)[
+            0
+        ],
+        "feed_forward.down": lambda: linear(name, f"{block}.feed_forward.activation"),
+        "output": lambda: (
+            at(before) + at(f"{block}.attention.output") + at(f"{block}.feed_forward.down")
+        ),
+    }
+    if part in ("attention.query", "attention.key", "attention.value"):
+        split = linear(name, f"{block}.attention_norm")
+        return attention.split_heads(split, model.num_heads)
+    return steps[part]()
