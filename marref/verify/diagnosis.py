@@ -10,7 +10,8 @@ the golden inputs; see `marref.verify.search`.  Faults explain a comparison if
 
 Explanations that compute the same arrays are one, with several names, and an array is named that
 would tell them apart.  What explains the arrays up to some array only is said as such, with what is
-left over; what comes near and not within budget is no finding.
+left over; what comes near and not within budget is no finding.  Of what is left unexplained,
+`marref.verify.structure` says what its first array is.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from typing import Any
 
 from marref import checks
 from marref.trees import Array
+from marref.verify import structure
 from marref.verify.comparison import Comparison, Golden, compare
 from marref.verify.faults import CATALOGUE
 from marref.verify.rounding import MIXED
@@ -49,6 +51,9 @@ class Diagnosis:
         Empty where nothing in the catalogue fits, or nothing differs.
     partial : Partial or None
         Without an explanation: what explains the arrays up to some array.
+    hints : tuple of str
+        Without an explanation: sentences about the first array that is left unexplained, see
+        `marref.verify.structure.hints`.
     near : tuple of Explanation
         Without an explanation: what comes near, best first.  It is no finding.
     coarser : str or None
@@ -61,6 +66,7 @@ class Diagnosis:
     comparison: Comparison
     explanations: tuple[Explanation, ...]
     partial: Partial | None = None
+    hints: tuple[str, ...] = ()
     near: tuple[Explanation, ...] = ()
     coarser: str | None = None
     thin: bool = False
@@ -90,6 +96,7 @@ class Diagnosis:
                 f"  no finding, but near: {_and(found.faults)}, off by {found.ratio:.2g} budgets"
                 for found in self.near[:_MOST_SHOWN]
             ]
+        lines += [_filled(hint) for hint in self.hints]
         if self.thin:
             lines.append("  the evidence is thin: give more arrays than these, logits for a start")
         return "\n".join(lines)
@@ -133,6 +140,7 @@ class Diagnosis:
             **self.comparison.as_dict(),
             "explanations": [_as_dict(found) for found in self.explanations],
             "partial": None if self.partial is None else _partial_as_dict(self.partial),
+            "hints": list(self.hints),
             "near": [_as_dict(found) for found in self.near],
             "coarser": self.coarser,
             "thin": self.thin,
@@ -141,10 +149,11 @@ class Diagnosis:
 
 
 def _summaries(together: Together) -> list[str]:
-    return [
-        textwrap.fill(fault.summary, 96, initial_indent="  ", subsequent_indent="  ")
-        for fault in together
-    ]
+    return [_filled(fault.summary) for fault in together]
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 96, initial_indent="  ", subsequent_indent="  ")
 
 
 def _and(together: Together) -> str:
@@ -211,7 +220,14 @@ def diagnose(
         return Diagnosis(comparison, tuple(found), thin=search.thin)
     coarser = _coarser(golden_vectors, arrays, comparison)
     partial = None if coarser else search.partial()
-    return Diagnosis(comparison, (), partial, tuple(search.near()), coarser, search.thin)
+    if coarser:
+        hints: tuple[str, ...] = ()
+    elif partial:
+        hints = structure.hints(partial.vectors, arrays, partial.left)
+    else:
+        hints = structure.hints(golden_vectors, arrays, comparison)
+    near = tuple(search.near())
+    return Diagnosis(comparison, (), partial, hints, near, coarser, search.thin)
 
 
 def _coarser(
