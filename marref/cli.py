@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,9 @@ def _add_compare(commands: Any) -> None:
     compare.add_argument(
         "--diagnose", action="store_true", help="name the known mistakes that explain it"
     )
+    compare.add_argument(
+        "--fail-fast", action="store_true", help="stop at the first stage that differs"
+    )
     compare.add_argument("--json", action="store_true", help="for machines")
     compare.set_defaults(run=_compare)
 
@@ -177,11 +181,28 @@ def _compare(arguments: argparse.Namespace) -> int:
     arrays, precision = renamed.arrays, arguments.dtype
     report: comparison.Comparison | diagnosis.Diagnosis
     if arguments.diagnose:
-        report = diagnosis.diagnose(golden_vectors, arrays, precision)
+        report = diagnosis.diagnose(golden_vectors, arrays, precision, progress=_Progress())
     else:
-        report = comparison.compare(golden_vectors, arrays, precision)
+        report = comparison.compare(
+            golden_vectors, arrays, precision, fail_fast=arguments.fail_fast
+        )
     print(report.as_json() if arguments.json else report.as_table(sys.stdout.isatty()))
     return 0 if report.agrees else 1
+
+
+class _Progress:
+    """Says on stderr what is being tried: each second in a terminal, elsewhere every ten."""
+
+    def __init__(self) -> None:
+        self.interval = 1.0 if sys.stderr.isatty() else 10.0
+        self.said = time.monotonic()
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        if time.monotonic() - self.said < self.interval:
+            return
+        self.said = time.monotonic()
+        start, end = ("\r", "\x1b[K") if sys.stderr.isatty() else ("", "\n")
+        print(f"{start}trying {what}: {done:,} of {total:,}", end=end, file=sys.stderr, flush=True)
 
 
 def _check(arguments: argparse.Namespace) -> int:

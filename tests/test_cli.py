@@ -11,7 +11,7 @@ import pytest
 
 import marref
 from marref import cli, demo, files
-from marref.verify import self_check
+from marref.verify import golden, self_check
 
 
 def test_check_prints_every_gradient_and_succeeds(capsys):
@@ -138,3 +138,27 @@ def test_importing_marref_imports_neither_matplotlib_nor_torch_nor_scipy_stats()
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "[]"
+
+
+def test_what_diagnosis_tries_is_said_on_stderr_after_a_while(monkeypatch, capsys):
+    seconds = iter([0.0, 9.0, 11.0, 11.0, 12.0])
+    monkeypatch.setattr(cli.time, "monotonic", lambda: next(seconds))
+    progress = cli._Progress()
+    progress("pairs", 10, 5886)
+    assert capsys.readouterr().err == ""
+    progress("pairs", 1200, 5886)
+    progress("pairs", 1300, 5886)
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("", "trying pairs: 1,200 of 5,886\n")
+
+
+def test_fail_fast_leaves_out_what_comes_after_the_first_stage_that_differs(tmp_path, capsys):
+    arrays, _ = files.load(golden.shipped("tiny"))
+    sections = ("activations/", "loss", "gradients/")
+    arrays = {name: a for name, a in arrays.items() if name.startswith(sections)}
+    files.save(tmp_path / "mine.npz", {**arrays, "loss": 2 * arrays["loss"]}, {})
+    assert cli.main(["compare", "tiny", str(tmp_path / "mine.npz"), "--fail-fast"]) == 1
+    printed = capsys.readouterr().out
+    assert "the first is loss" in printed
+    assert "activations/logits" in printed
+    assert "gradients/" not in printed
