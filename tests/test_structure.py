@@ -12,7 +12,7 @@ import pytest
 from marref import files
 from marref.layers import attention
 from marref.verify import golden
-from marref.verify.comparison import Comparison, Golden, budgets, row_of
+from marref.verify.comparison import Comparison, Golden, budgets, compare, row_of
 from marref.verify.structure import hints
 
 BLOCK = "activations/blocks.0"
@@ -397,3 +397,16 @@ def test_a_random_place_is_that_place(vectors, allowed, say, seed):
         assert re.search("differs (only|in one entry)", sentence)
         assert "there it" not in sentence
         assert re.search(rf"\b{index}\b|\[MASK\]|last|masked|occur|diagonal|tokens", sentence)
+
+
+def test_key_biases_that_were_stepped_are_no_mistake(vectors):
+    arrays = {name: a for name, a in vectors.arrays.items() if name.startswith("adam/")}
+    rng = np.random.default_rng(0)
+    for name in arrays:
+        if name.endswith("key.bias"):
+            count = int(name.split("/")[1])
+            arrays[name] = arrays[name] + 0.01 * count * rng.choice([-1.0, 1.0], arrays[name].shape)
+    comparison = compare(vectors, arrays)
+    assert not comparison.agrees
+    (sentence,) = hints(vectors, arrays, comparison)
+    assert "to step them is no mistake" in sentence

@@ -48,12 +48,12 @@ def alone(case: Case, block: str, _: str) -> Finding | None:
     """Say that yours is a function of its input: neighbouring inputs, neighbouring outputs."""
     x = case.activations[f"{block}.feed_forward.up"]
     order = np.argsort(x, axis=None)
-    inputs, outputs = x.ravel()[order], case.yours.ravel()[order]
-    steps, changes = np.diff(inputs), np.abs(np.diff(outputs))
+    inputs, wrong = x.ravel()[order], (case.yours - case.golden).ravel()[order]
+    steps, changes = np.diff(inputs), np.abs(np.diff(wrong))
     close = steps < 0.01 * (inputs[-1] - inputs[0])
     if close.sum() < 30 or (changes[close] > 3.0 * steps[close] + 2.0 * case.budget).any():
         return None
-    # Of numbers that do not depend on the input, neighbours differ as all do.
-    if np.median(changes[close]) > 0.05 * case.yours.std():
+    # Were the difference no function of the input, neighbours would differ as much as any two.
+    if np.median(changes[close]) > 0.05 * wrong.std():
         return None
     return Finding("is a function of feed_forward.up alone, entry by entry, but none that is known")

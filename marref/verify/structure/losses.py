@@ -16,7 +16,7 @@ from marref.trees import Array
 from marref.verify.structure.evidence import Case, Finding, named
 
 _BITS = 8.0
-"""Less than for arrays, of which one number has not enough: wrong for 2 losses in 1,000."""
+"""Less than for arrays: one number has not more to give."""
 _NEAREST = 256.0
 """A part of the budget that a loss is not expected to come closer than."""
 
