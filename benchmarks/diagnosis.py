@@ -14,7 +14,7 @@ import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -83,8 +83,8 @@ def model_vectors(seed: int, framework: str) -> Golden:
 class Program:
     """A program in a framework, with any mistakes, on the golden inputs of a seed."""
 
-    def __init__(self, framework: str, precision: str, seed: int) -> None:
-        self.framework, self.precision, self.seed = framework, precision, seed
+    def __init__(self, framework: str, precision: str, seed: int, kind: str) -> None:
+        self.framework, self.precision, self.seed, self.kind = framework, precision, seed, kind
         self.vectors = model_vectors(seed, framework)
 
     def run(self, mistakes: Names) -> Arrays:
@@ -94,7 +94,8 @@ class Program:
 
             port = in_flax.FlaxPort(self.vectors, self.precision, mistakes)
             return port.arrays(optimisers=False)
-        style = in_torch.Style.draw_by_hand(np.random.default_rng(self.seed))
+        draw = in_torch.Style.draw if self.kind == "right" else in_torch.Style.draw_by_hand
+        style = draw(np.random.default_rng(self.seed))
         port = faulty.faulty(sorted(mistakes))(self.vectors, style, self.precision)
         return port.arrays(in_torch.SECTIONS)
 
@@ -111,9 +112,9 @@ class Program:
         return self.framework == "flax" or faulty.compatible(mistakes)
 
 
-def drawn(program: Program, kind: str) -> Names:
+def drawn(program: Program) -> Names:
     """Draw mistakes; single ones take turns."""
-    names = program.catalogue()
+    names, kind = program.catalogue(), program.kind
     if kind == "single":
         return frozenset({names[program.seed % len(names)]})
     rng = np.random.default_rng([program.seed, KINDS[kind]])
@@ -134,9 +135,9 @@ class Case:
     seconds: float
 
 
-def judged(program: Program, kind: str, subsets: Iterator[str] | list[str]) -> Iterator[Case]:
+def judged(program: Program, subsets: Iterable[str]) -> Iterator[Case]:
     """Diagnose a random program for each subset in which its mistakes show."""
-    mistakes = drawn(program, kind)
+    mistakes = drawn(program)
     with np.errstate(all="ignore"):
         runs = {names: program.run(names) for names in subsets_of(mistakes)}
     for subset in subsets:
@@ -227,8 +228,8 @@ def main() -> None:
     counts: dict[tuple[str, str], collections.Counter[str]] = {}
     for kind in options.kind or KINDS:
         for seed in seeds:
-            program = Program(options.framework, options.precision, seed)
-            for case in judged(program, kind, options.subset or list(SUBSETS)):
+            program = Program(options.framework, options.precision, seed, kind)
+            for case in judged(program, options.subset or SUBSETS):
                 counts.setdefault((kind, case.subset), collections.Counter())[case.answer] += 1
                 if case.answer not in ("right", "unseen") or options.only is not None:
                     print(

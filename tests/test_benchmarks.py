@@ -238,10 +238,9 @@ def test_a_mistake_in_torch_is_named_and_a_perturbation_is_not():
     pytest.importorskip("torch")
     from benchmarks import diagnosis, perturbations
 
-    program = diagnosis.Program("torch", "float32", 2)
-    (case,) = diagnosis.judged(program, "single", ["logits"])
+    (case,) = diagnosis.judged(diagnosis.Program("torch", "float32", 2, "single"), ["logits"])
     assert (case.answer, len(case.mistakes)) == ("right", 1)
-    (case,) = diagnosis.judged(program, "right", ["logits"])
+    (case,) = diagnosis.judged(diagnosis.Program("torch", "float32", 2, "right"), ["logits"])
     assert case.answer == "right"
     patient = perturbations.Patient("feed_forward.up-scaled", 2, "float32")
     assert patient.judged("logits + loss + gradients").names in ("none", "coarser")
