@@ -397,3 +397,12 @@ def test_a_random_place_is_that_place(vectors, allowed, say, seed):
         assert re.search("differs (only|in one entry)", sentence)
         assert "there it" not in sentence
         assert re.search(rf"\b{index}\b|\[MASK\]|last|masked|occur|diagonal|tokens", sentence)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_differs_by_little_fits_too_much_to_be_anything(vectors, allowed, say, seed):
+    rng = np.random.default_rng(seed)
+    name = drawn_name(vectors, rng)
+    yours = of(vectors, name)
+    yours += 1.8 * allowed[name] * rng.uniform(-1, 1, yours.shape)
+    assert not any("golden" in sentence for sentence in say({name: yours}))
