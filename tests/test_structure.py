@@ -410,3 +410,12 @@ def test_key_biases_that_were_stepped_are_no_mistake(vectors):
     assert not comparison.agrees
     (sentence,) = hints(vectors, arrays, comparison)
     assert "to step them is no mistake" in sentence
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_what_differs_by_little_fits_too_much_to_be_anything(vectors, allowed, say, seed):
+    rng = np.random.default_rng(seed)
+    name = drawn_name(vectors, rng)
+    yours = of(vectors, name)
+    yours += 1.8 * allowed[name] * rng.uniform(-1, 1, yours.shape)
+    assert not any("golden" in sentence for sentence in say({name: yours}))

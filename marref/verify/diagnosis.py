@@ -23,7 +23,7 @@ from typing import Any
 
 from marref import checks
 from marref.trees import Array
-from marref.verify import structure
+from marref.verify import faults, structure
 from marref.verify.comparison import Comparison, Golden, compare
 from marref.verify.faults import CATALOGUE
 from marref.verify.rounding import MIXED
@@ -168,7 +168,7 @@ def _as_dict(found: Explanation) -> dict[str, Any]:
     return {
         "faults": _names(found.faults),
         "ratio": found.ratio if math.isfinite(found.ratio) else None,
-        "same": [_names(faults) for faults in found.same],
+        "same": [_names(same) for same in found.same],
         "decides": found.decides,
     }
 
@@ -176,7 +176,7 @@ def _as_dict(found: Explanation) -> dict[str, Any]:
 def _partial_as_dict(found: Partial) -> dict[str, Any]:
     return {
         "faults": _names(found.faults),
-        "same": [_names(faults) for faults in found.same],
+        "same": [_names(same) for same in found.same],
         "left": found.left.first.name if found.left.first else None,
     }
 
@@ -223,7 +223,8 @@ def diagnose(
     if coarser:
         hints: tuple[str, ...] = ()
     elif partial:
-        hints = structure.hints(partial.vectors, arrays, partial.left)
+        with faults.applied(*partial.faults):
+            hints = structure.hints(partial.vectors, arrays, partial.left)
     else:
         hints = structure.hints(golden_vectors, arrays, comparison)
     near = tuple(search.near())

@@ -104,7 +104,7 @@ def by_axis(case: Case) -> Finding | None:
 
 
 def by_axes(case: Case) -> Finding | None:
-    """Yours is that times, or plus, a number for each head and position, or other axes."""
+    """Yours is that times, or plus, a number for each head and position, …."""
     counts = range(2, case.golden.ndim)
     return _by(
         case, (axes for n in counts for axes in itertools.combinations(range(case.golden.ndim), n))
