@@ -332,7 +332,7 @@ def test_what_a_decoder_does_is_said(vectors, say):
         for name in vectors.arrays
         if name.startswith("schedule/linear")
     }
-    assert "the counts of the cosine schedule, as have all 16" in say(counts)[0]
+    assert "the counts of the cosine schedule, as have all 17" in say(counts)[0]
 
 
 def test_nothing_is_said_where_nothing_differs(say):
