@@ -476,7 +476,7 @@ SECTIONS = {
     "loss": ("loss",),
     "gradients": ("activation_gradients/", "gradients/"),
     "optimiser": ("adam/", "adamw/", "clipped/"),
-    "decoding": ("decode/", "schedule/"),
+    "decoding": ("decode/", "schedule/", "ties/"),
 }
 
 

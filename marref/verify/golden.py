@@ -15,6 +15,7 @@
     decode/<setting>/start             what the decoder starts from,
     decode/<setting>/steps/<name>      confidence, tokens and mask after every step,
     decode/<setting>/tokens            and its result
+    ties/<setting>/…                   the same where all confidences are 1
 
 Parameters are drawn so that nothing hides: biases are not 0, scales not 1, activations of order
 one, and one token nearly cancels the position that it stands at, so that the variance there is
@@ -66,13 +67,14 @@ DECODINGS: dict[str, dict[str, Any]] = {
     "hot": {"num_steps": 3, "temperature": 2.0},
     "known": {"num_steps": 3},
     "plain": {"num_steps": 3, "exclude_mask_token": False},
-    "ties": {"num_steps": 3},
-    "ties-plain": {"num_steps": 3, "exclude_mask_token": False},
 }
-"""Arguments of `marref.iterative_decode`; "known" starts from tokens, the others from [MASK].
+"""Arguments of `marref.iterative_decode`; "known" starts from tokens, the others from [MASK]."""
 
-In "ties" and "ties-plain" every position has the same logits, see `_saturated`.
-"""
+TIES: dict[str, dict[str, Any]] = {
+    "default": {"num_steps": 3},
+    "plain": {"num_steps": 3, "exclude_mask_token": False},
+}
+"""The same, for a head that gives every position the same logits; see `_saturated`."""
 
 CONVENTIONS = {
     "layout": "row-major; kernels are [in, out], y = x kernel + bias",
@@ -80,8 +82,7 @@ CONVENTIONS = {
     "mask": "1 where a position is masked; id 0 is [MASK]",
     "loss": "mean over all masked positions of the batch, in nats",
     "key bias": "its gradient, which is 0, is set to 0 before every optimiser step",
-    "ties": "decode/ties and ties-plain: the head's kernel is 0, its bias 0, 200 at id 1 and 400 "
-    "at [MASK]",
+    "ties": "in ties/ the head's kernel is 0, and its bias 0 but for 200 at id 1, 400 at [MASK]",
 }
 
 # In (10, 4) the linear schedule comes to halves.
@@ -207,8 +208,11 @@ def stages(
         },
         "schedule/": _schedules,
         **{
-            f"decode/{name}/": functools.partial(_decode, model, params, batch, name, options)
-            for name, options in DECODINGS.items()
+            f"{section}/{name}/": functools.partial(
+                _decode, model, params, batch, f"{section}/{name}", options
+            )
+            for section, settings in (("decode", DECODINGS), ("ties", TIES))
+            for name, options in settings.items()
         },
     }
 
@@ -298,6 +302,7 @@ def make_from(
         "conventions": CONVENTIONS,
         "optimisers": OPTIMISERS,
         "decodings": DECODINGS,
+        "ties": TIES,
         "order": list(arrays),
     }
     return arrays, metadata
@@ -384,16 +389,17 @@ def _optimise(
 def _decode(
     model: MAR, params: Tree, batch: dict[str, Array], name: str, options: dict[str, Any]
 ) -> dict[str, Array]:
-    start = batch["tokens"][:2] if name == "known" else np.zeros((1, model.seq_len), np.int64)
-    if name.startswith("ties"):
+    known = name == "decode/known"
+    start = batch["tokens"][:2] if known else np.zeros((1, model.seq_len), np.int64)
+    if name.startswith("ties/"):
         params = {**params, "head": _saturated(params["head"])}
     tokens, steps = decoding.iterative_decode(
         model, params, tokens=start, return_steps=True, **options
     )
     return {
-        f"decode/{name}/start": start,
-        **{f"decode/{name}/steps/{key}": steps[key] for key in ("confidence", "tokens", "mask")},
-        f"decode/{name}/tokens": tokens,
+        f"{name}/start": start,
+        **{f"{name}/steps/{key}": steps[key] for key in ("confidence", "tokens", "mask")},
+        f"{name}/tokens": tokens,
     }
 
 

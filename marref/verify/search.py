@@ -44,12 +44,12 @@ _SECTIONS = {
     "loss": ("loss", *_AFTER_LOSS),
     "gradients": _AFTER_LOSS,
     "optimiser": _AFTER_LOSS[1:],
-    "decoding": ("schedule/", "decode/"),
+    "decoding": ("schedule/", "decode/", "ties/"),
     "masking": (),
 }
 """The sections that the faults of a stage can change; those of other stages can change any."""
 
-_STAGES = {"loss": ("loss",), "schedule": ("decoding",), "decode": ("decoding",)}
+_STAGES = {"loss": ("loss",), **dict.fromkeys(("schedule", "decode", "ties"), ("decoding",))}
 """Where a section's faults are; of other sections, anywhere."""
 _STAGE_OF = {fault: stage for stage, of_stage in STAGES.items() for fault in of_stage}
 
@@ -125,7 +125,7 @@ class _Judged(NamedTuple):
     @property
     def ratio(self) -> float:
         ratios = [
-            np.nan_to_num(row.difference, nan=math.inf) / max(row.budget, _TINY)
+            math.inf if math.isnan(row.difference) else row.difference / max(row.budget, _TINY)
             for row in self.left.rows
             if math.isfinite(row.budget)
         ]

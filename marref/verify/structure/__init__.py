@@ -132,7 +132,7 @@ def _found(case: Case) -> list[Finding]:
         return decoder.decoder(case)
     if section == "schedule":
         return _some(decoder.counts(case))
-    if not math.isfinite(case.budget):
+    if section == "ties" or not math.isfinite(case.budget):
         return []
     if section == "loss":
         return _some(losses.loss(case) or losses.ratio(case))
