@@ -87,7 +87,7 @@ class Patient:
     def computes(
         self, names: Names, arrays: Arrays, subset: str, comparison: Comparison
     ) -> bool | None:
-        """Whether mistakes made in PyTorch compute these arrays; None if they exclude each other."""
+        """Whether mistakes in PyTorch compute these arrays; None if they exclude each other."""
         if not (names <= set(faulty.FAULTS) and faulty.compatible(names)):
             return None
         return same(self.run(faulty.faulty(sorted(names)), subset), arrays, comparison)
