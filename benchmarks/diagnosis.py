@@ -126,10 +126,14 @@ def drawn(program: Program) -> Names:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """What was answered for one program and one subset of its arrays."""
+    """What was answered for one program and one subset of its arrays.
+
+    ``shown`` is how many of the mistakes it takes to compute these arrays.
+    """
 
     subset: str
     mistakes: Names
+    shown: int
     answer: str
     said: str
     seconds: float
@@ -151,13 +155,14 @@ def _judged(program: Program, subset: str, mistakes: Names, given: Mapping[Names
     comparison = compare(program.vectors, arrays, said)
     acceptable = {names for names, other in given.items() if same(other, arrays, comparison)}
     if mistakes and frozenset() in acceptable:
-        return Case(subset, mistakes, "unseen", "", 0.0)
+        return Case(subset, mistakes, 0, "unseen", "", 0.0)
+    shown = min(map(len, acceptable))
     try:
         diagnosis = diagnose(program.vectors, arrays, said)
     except Exception as error:
-        return Case(subset, mistakes, "error", repr(error), time.perf_counter() - start)
+        return Case(subset, mistakes, shown, "error", repr(error), time.perf_counter() - start)
     answer = score(diagnosis, acceptable) if mistakes else score_right(diagnosis)
-    return Case(subset, mistakes, answer, told(diagnosis), time.perf_counter() - start)
+    return Case(subset, mistakes, shown, answer, told(diagnosis), time.perf_counter() - start)
 
 
 def subsets_of(mistakes: Names) -> list[Names]:
@@ -199,15 +204,12 @@ def told(diagnosis: Diagnosis) -> str:
     return f"first {first.name if first else None}; {said}"
 
 
-def table(counts: Mapping[tuple[str, str], collections.Counter[str]]) -> str:
-    """Write how often each answer was given, in percent of those that were seen."""
-    lines = [f"{'':<40}{'seen':>6}" + "".join(f"{answer:>19}" for answer in ANSWERS)]
-    for (kind, subset), counter in counts.items():
-        seen = counter.total() - counter["unseen"]
-        shares = "".join(
-            f"{100 * counter[answer] / seen:>18.1f}%" if seen else f"{'':>19}" for answer in ANSWERS
-        )
-        lines.append(f"{kind + ', ' + subset:<40}{seen:>6}{shares}")
+def table(counts: Mapping[tuple[str, int], collections.Counter[str]]) -> str:
+    """Write how often each answer was given, in percent, by subset and how many mistakes show."""
+    lines = [f"{'subset':<32}{'show':>5}{'seen':>6}" + "".join(f"{a:>18}" for a in ANSWERS)]
+    for (subset, shown), counter in sorted(counts.items()):
+        shares = "".join(f"{100 * counter[a] / counter.total():>17.1f}%" for a in ANSWERS)
+        lines.append(f"{subset:<32}{shown:>5}{counter.total():>6}{shares}")
     return "\n".join(lines)
 
 
@@ -225,19 +227,26 @@ def main() -> None:
     seeds = range(options.seed, options.seed + options.num)
     if options.only is not None:
         seeds = range(options.only, options.only + 1)
-    counts: dict[tuple[str, str], collections.Counter[str]] = {}
     for kind in options.kind or KINDS:
+        counts: dict[tuple[str, int], collections.Counter[str]] = {}
+        unseen = 0
         for seed in seeds:
             program = Program(options.framework, options.precision, seed, kind)
             for case in judged(program, options.subset or SUBSETS):
-                counts.setdefault((kind, case.subset), collections.Counter())[case.answer] += 1
-                if case.answer not in ("right", "unseen") or options.only is not None:
+                if case.answer == "unseen":
+                    unseen += 1
+                    continue
+                counts.setdefault((case.subset, case.shown), collections.Counter())[
+                    case.answer
+                ] += 1
+                if case.answer != "right" or options.only is not None:
                     print(
                         f"{case.answer}: --kind {kind} --only {seed} --subset {case.subset!r} "
                         f"({case.seconds:.0f} s): {'+'.join(sorted(case.mistakes))}: {case.said}",
                         flush=True,
                     )
-    print(f"\n{options.framework}, {options.precision}\n{table(counts)}")
+        print(f"\n{kind}, {options.framework}, {options.precision}; {unseen} unseen")
+        print(table(counts), flush=True)
 
 
 if __name__ == "__main__":

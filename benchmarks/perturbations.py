@@ -69,19 +69,28 @@ class Patient:
         return Result(self.verdict(diagnosis, arrays, subset), told(diagnosis), hints)
 
     def verdict(self, diagnosis: Diagnosis, arrays: Arrays, subset: str) -> str:
-        """Judge the names: "none", "equal" if all compute the same arrays, or "wrong"."""
+        """Judge the names: "none", "equal" if all compute the same arrays, or "wrong".
+
+        "unchecked" names what cannot be made together in PyTorch, and has to be looked at.
+        """
         if not diagnosis.explanations:
             return "coarser" if diagnosis.coarser else "none"
-        equal = all(
-            any(self.computes(names, arrays, subset, diagnosis.comparison) for names in one)
-            for one in map(alternatives, diagnosis.explanations)
-        )
-        return "equal" if equal else "wrong"
+        named = [alternatives(explanation) for explanation in diagnosis.explanations]
+        judged = [
+            {self.computes(names, arrays, subset, diagnosis.comparison) for names in one}
+            for one in named
+        ]
+        if all(True in verdicts for verdicts in judged):
+            return "equal"
+        return "wrong" if any(verdicts == {False} for verdicts in judged) else "unchecked"
 
-    def computes(self, names: Names, arrays: Arrays, subset: str, comparison: Comparison) -> bool:
-        """Whether mistakes made in PyTorch compute these arrays."""
-        known = names <= set(faulty.FAULTS) and faulty.compatible(names)
-        return known and same(self.run(faulty.faulty(sorted(names)), subset), arrays, comparison)
+    def computes(
+        self, names: Names, arrays: Arrays, subset: str, comparison: Comparison
+    ) -> bool | None:
+        """Whether mistakes in PyTorch compute these arrays; None if they exclude each other."""
+        if not (names <= set(faulty.FAULTS) and faulty.compatible(names)):
+            return None
+        return same(self.run(faulty.faulty(sorted(names)), subset), arrays, comparison)
 
 
 def _sections(subset: str) -> tuple[str, ...]:
@@ -122,9 +131,17 @@ def main() -> None:
                 counter["a true sentence"] += any(verdict is True for verdict in verdicts)
                 counter["a false sentence"] += any(verdict is False for verdict in verdicts)
     print(f"\n{options.precision}, {len(perturbed.KINDS)} kinds")
-    columns = ("none", "equal", "coarser", "wrong", "a true sentence", "a false sentence")
+    columns = (
+        "none",
+        "equal",
+        "unchecked",
+        "coarser",
+        "wrong",
+        "a true sentence",
+        "a false sentence",
+    )
     for subset, counter in counts.items():
-        seen_here = sum(counter[column] for column in columns[:4])
+        seen_here = sum(counter[column] for column in columns[:5])
         cells = ", ".join(f"{column} {counter[column]}" for column in columns)
         print(f"{subset}: {seen_here} seen, {counter['unseen']} unseen: {cells}")
 
@@ -132,7 +149,7 @@ def main() -> None:
 def report(
     patient: Patient, kind: str, seed: int, subset: str, result: Result, always: bool
 ) -> None:
-    """Print wrong names, and sentences that are false or that nobody could judge."""
+    """Print names, and sentences that are false or that nobody could judge."""
     place = f"--kind {kind} --only {seed} --subset {subset!r} ({patient.perturbation.place})"
     if result.names != "none" or always:
         print(f"{result.names}: {place}: {result.said}", flush=True)
