@@ -22,8 +22,9 @@ from benchmarks.budgets import FRAMEWORKS, NUM_FLAX_MODELS, random_model
 from benchmarks.ports import faulty, in_torch
 from marref.verify import golden
 from marref.verify.comparison import Comparison, Golden, compare
-from marref.verify.diagnosis import Diagnosis, Explanation, diagnose
+from marref.verify.diagnosis import Diagnosis, diagnose
 from marref.verify.rounding import MIXED, PRECISIONS
+from marref.verify.search import Explanation, Partial
 
 KINDS = {"right": 0, "single": 1, "pair": 2, "triple": 3}
 """How many mistakes there are."""
@@ -46,20 +47,21 @@ Names = frozenset[str]
 def score(diagnosis: Diagnosis, acceptable: set[Names]) -> str:
     """Judge the first explanation by the sets of mistakes that compute these arrays.
 
-    "half" names some of the mistakes and nothing else; "coarser" names none, but a precision;
-    "right, and others" goes on to name what was not made.
+    "half" names some of the mistakes and nothing else, as does what reaches up to some array;
+    "coarser" names none, but a precision; "right, and others" goes on to name what was not made.
     """
-    if not diagnosis.explanations:
+    made = max(acceptable, key=len)
+    found = [*diagnosis.explanations, *([diagnosis.partial] if diagnosis.partial else [])]
+    if not found:
         return "coarser" if diagnosis.coarser else "empty"
-    first, *others = diagnosis.explanations
+    first, *others = found
     if alternatives(first) & acceptable:
         right = all(alternatives(other) & acceptable for other in others)
         return "right" if right else "right, and others"
-    made = max(acceptable, key=len)
     return "half" if any(names < made for names in alternatives(first)) else "wrong"
 
 
-def alternatives(explanation: Explanation) -> set[Names]:
+def alternatives(explanation: Explanation | Partial) -> set[Names]:
     """What an explanation names, and what it names as computing the same."""
     return {
         frozenset(fault.name for fault in faults)
@@ -200,6 +202,10 @@ def told(diagnosis: Diagnosis) -> str:
         "+".join(fault.name for fault in one.faults) + f" ({one.ratio:.2g})"
         for one in diagnosis.near[:2]
     ]
+    if diagnosis.partial:
+        reached = " = ".join("+".join(sorted(names)) for names in alternatives(diagnosis.partial))
+        left = diagnosis.partial.left.first
+        found.append(f"{reached} up to {left.name if left else None}")
     said = "; ".join(found) or f"near {', '.join(near) or 'none'}, coarser {diagnosis.coarser}"
     return f"first {first.name if first else None}; {said}"
 
