@@ -240,14 +240,20 @@ class Ids(Codec):
 
     Parameters
     ----------
-    num_ids : int
+    count : int
+        How many there are.
     """
 
-    num_ids: int
+    count: int
     kind = "ids"
 
     def __post_init__(self) -> None:
-        checks.integer("num_ids", self.num_ids, 1, MAX_NUM_IDS)
+        checks.integer("num_ids", self.count, 1, MAX_NUM_IDS)
+
+    @property
+    def num_ids(self) -> int:
+        """The number of ids."""
+        return self.count
 
     def ids(self, content: npt.ArrayLike) -> Array:
         """Check that every id is in range."""

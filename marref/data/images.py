@@ -1,5 +1,6 @@
 """Ids from a folder of PNG and JPEG images, through Pillow (extra ``images``)."""
 
+import io
 import types
 import warnings
 from pathlib import Path
@@ -105,19 +106,24 @@ def _values(pillow: Any, path: Path, codec: Pixels) -> npt.NDArray[np.uint8]:
     try:
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
-            if image.getchannel("A").getextrema()[0] < 255:
-                raise ValueError("transparent pixels, expected none")
-        return np.asarray(image.convert("L" if codec.channels == 1 else "RGB"))
+        is_opaque = "A" not in image.getbands() or image.getextrema()[-1] == (255, 255)
+        values = np.asarray(image.convert("L" if codec.channels == 1 else "RGB"))
     except Exception as error:
         # Garbled bytes make Pillow raise errors of several types.
         raise ValueError(f"{path}: cannot be read as an image ({first_line(error)})") from error
+    if not is_opaque:
+        raise ValueError(f"{path}: has transparent pixels, expected none")
+    return values
 
 
 def _opened(pillow: Any, path: Path) -> Any:
     """Read the header of an image; one that claims more pixels than Pillow's limit is refused."""
+    content = io.BytesIO(path.read_bytes())
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
-            return pillow.open(path, formats=("PNG", "JPEG"))
+            return pillow.open(content, formats=("PNG", "JPEG"))
+    except pillow.UnidentifiedImageError as error:
+        raise ValueError(f"{path}: is no PNG or JPEG image") from error
     except Exception as error:
         raise ValueError(f"{path}: cannot be read as an image ({first_line(error)})") from error

@@ -1,0 +1,406 @@
+import contextlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+import textwrap
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from marref import data
+
+PANGRAM = "Zwölf Boxkämpfer jagen Viktor quer über den großen Sylter Deich."
+
+
+def write(path, content):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if isinstance(content, str):
+        content = content.encode()
+    path.write_bytes(content)
+    return path
+
+
+def saved(path, array):
+    np.save(path, array)
+    return path
+
+
+def word_tokenizer(path, **settings):
+    """A tokenizer of whole words: the smallest file that the package reads."""
+    words = ["[UNK]", "the", "cat", "sat"]
+    content = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {
+            "type": "WordLevel",
+            "vocab": {word: i for i, word in enumerate(words)},
+            "unk_token": "[UNK]",
+        },
+        **settings,
+    }
+    return write(path, json.dumps(content))
+
+
+def picture(path, values, mode=None):
+    image = pytest.importorskip("PIL.Image")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = image.fromarray(np.asarray(values, np.uint8))
+    (picture.convert(mode) if mode else picture).save(path)
+    return path
+
+
+def bomb(path, shape=(2**31,)):
+    """An .npz of a few KB whose array claims, and has, 2 GiB of zeros."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open("tokens.npy", "w") as member:
+            header = {"shape": shape, "fortran_order": False, "descr": "|u1"}
+            np.lib.format.write_array_header_1_0(member, header)
+        archive.filelist[0].file_size = 2**31 + 128
+    return path
+
+
+# --- Text
+
+
+def test_a_text_file_is_its_bytes(tmp_path):
+    path = write(tmp_path / "a.txt", PANGRAM * 100)
+    dataset = data.load(path)
+    assert (dataset.codec, dataset.vocab_size) == (data.Bytes(), 257)
+    assert dataset.tokens.tobytes() == path.read_bytes()
+    assert isinstance(dataset.tokens, np.memmap)
+
+
+def test_several_texts_are_joined_with_nothing_between(tmp_path):
+    paths = [write(tmp_path / f"{i}.md", text) for i, text in enumerate(("abc\r\n", "", "déf"))]
+    assert data.load(paths, length=2).tokens.tobytes() == "abc\r\ndéf".encode()
+    dataset = data.load(paths, kind="characters", length=2)
+    assert dataset.codec.decode(dataset.tokens.astype(int) + 1) == "abc\r\ndéf"
+
+
+def test_characters_are_numbered_in_order_of_code_point(tmp_path):
+    dataset = data.load(write(tmp_path / "a.txt", "zäa😀a\nz"), kind="characters", length=3)
+    assert dataset.codec == data.Characters("\nazä😀")
+    assert dataset.tokens.tolist() == [2, 3, 1, 4, 1, 0, 2]
+    assert dataset.rows([1]).tolist() == [[4, 2, 5]]
+    assert dataset.tokens.dtype == np.uint8
+
+
+def test_a_text_is_read_with_the_codec_of_another(tmp_path):
+    codec = data.load(write(tmp_path / "a.txt", "abcd" * 9), kind="characters").codec
+    dataset = data.load(write(tmp_path / "b.txt", "ddd"), codec=codec, length=1)
+    assert dataset.codec is codec
+    assert dataset.tokens.tolist() == [3, 3, 3]
+
+
+def test_a_tokenizer_file_encodes_and_travels_with_the_codec(tmp_path):
+    pytest.importorskip("tokenizers")
+    text = write(tmp_path / "a.txt", "the cat sat the dog")
+    dataset = data.load(text, tokenizer=word_tokenizer(tmp_path / "t.json"), length=2)
+    assert dataset.tokens.tolist() == [1, 2, 3, 1, 0]
+    assert dataset.vocab_size == 5
+    os.remove(tmp_path / "t.json")
+    codec = data.codec_from_dict(json.loads(json.dumps(dataset.codec.as_dict())))
+    assert codec.encode("cat the").tolist() == [3, 2]
+    assert codec.decode([[2, 3], [0, 4]]) == ["the cat", "_sat"]
+
+
+def test_a_tokenizers_truncation_padding_and_frame_are_not_used(tmp_path):
+    pytest.importorskip("tokenizers")
+    path = word_tokenizer(
+        tmp_path / "t.json",
+        truncation={
+            "direction": "Right",
+            "max_length": 2,
+            "strategy": "LongestFirst",
+            "stride": 0,
+        },
+        padding={
+            "strategy": {"Fixed": 9},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "[UNK]",
+        },
+        post_processor={
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": "[UNK]", "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}],
+            "special_tokens": {"[UNK]": {"id": "[UNK]", "ids": [0], "tokens": ["[UNK]"]}},
+        },
+    )
+    dataset = data.load(write(tmp_path / "a.txt", "the cat sat"), tokenizer=path, length=1)
+    assert dataset.tokens.tolist() == [1, 2, 3]
+
+
+# --- Codecs
+
+CODECS = [
+    data.Bytes(),
+    data.Characters("".join(sorted(set(PANGRAM)))),
+    data.Ids(50257),
+    data.Pixels(2, 3, channels=1, levels=16),
+    data.Pixels(2, 3, channels=3, levels=256),
+]
+
+
+@pytest.mark.parametrize("codec", CODECS, ids=repr)
+def test_a_codec_survives_json(codec):
+    assert data.codec_from_dict(json.loads(json.dumps(codec.as_dict()))) == codec
+
+
+@given(st.text())
+def test_text_comes_back_from_bytes_and_characters(text):
+    assert data.Bytes().decode(data.Bytes().encode(text)) == text
+    codec = data.Characters("".join(sorted({*text, "a"})))
+    assert codec.decode(codec.encode(text)) == text
+
+
+@given(st.binary(min_size=1))
+def test_bytes_that_are_no_text_are_shown_all_the_same(content):
+    shown = data.Bytes().decode(data.Bytes().encode(content))
+    assert shown == content.decode(errors="replace")
+
+
+def test_masked_tokens_are_shown():
+    assert data.Bytes().decode([[98, 0, 99], [0, 0, 0]]) == ["a_b", "___"]
+    assert data.Characters("ab").decode([1, 0, 2]) == "a_b"
+    assert data.Ids(9).decode([[9, 0]]).tolist() == [[8, -1]]
+    assert data.Pixels(1, 3, 1, 2).decode([1, 0, 2]).tolist() == [[0, 128, 255]]
+
+
+def test_decoded_batches_keep_their_axes():
+    tokens = np.full((2, 3, 12), 5)
+    assert data.Bytes().decode(tokens[..., :2]) == [["\4\4"] * 3] * 2
+    assert data.Pixels(2, 6, 1, 9).decode(tokens).shape == (2, 3, 2, 6)
+    assert data.Pixels(2, 2, 3, 9).decode(tokens).shape == (2, 3, 2, 2, 3)
+
+
+def test_pixels_are_the_nearest_level_and_levels_come_back():
+    values = np.arange(256, dtype=np.uint8)
+    for levels in range(2, 257):
+        codec = data.Pixels(1, 256, 1, levels)
+        shown = codec.decode(codec.encode(values[np.newaxis])).astype(int)
+        exact = np.arange(levels) * 255 / (levels - 1)
+        nearest = abs(values[:, np.newaxis] - exact).min(axis=1)
+        assert (abs(shown[0] - values) <= nearest + 0.5).all()
+        codec = data.Pixels(1, levels, 1, levels)
+        tokens = np.arange(levels) + 1
+        np.testing.assert_array_equal(codec.encode(codec.decode(tokens)), tokens)
+    np.testing.assert_array_equal(shown[0], values)
+
+
+# --- Arrays
+
+DTYPES = ["u1", "i1", "<u2", ">u2", "<i4", ">i4", "<u4", "<i8", ">i8", "<u8"]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("order", "CF")
+def test_integers_of_any_dtype_and_order_are_read(tmp_path, dtype, order):
+    ids = np.random.default_rng(0).integers(0, 100, (7, 5))
+    path = saved(tmp_path / "a.npy", np.array(ids, dtype, order=order))
+    dataset = data.load(path)
+    assert (dataset.codec, dataset.length, len(dataset)) == (data.Ids(ids.max() + 1), 5, 7)
+    assert isinstance(dataset.tokens, np.memmap)
+    rows = dataset.rows([3, 0, 3])
+    assert (type(rows), rows.dtype) == (np.ndarray, np.int64)
+    np.testing.assert_array_equal(rows, ids[[3, 0, 3]] + 1)
+    np.savez(tmp_path / "a.npz", np.array(ids, dtype, order=order))
+    np.testing.assert_array_equal(data.load(tmp_path / "a.npz").rows([6, 1]), ids[[6, 1]] + 1)
+
+
+def test_an_npz_may_hold_tokens_and_labels_beside_others(tmp_path):
+    ids = np.arange(12).reshape(4, 3)
+    np.savez_compressed(
+        tmp_path / "a.npz", other=np.ones(2), tokens=ids, labels=np.array([3, 0, 0, 2], np.uint8)
+    )
+    dataset = data.load(tmp_path / "a.npz")
+    np.testing.assert_array_equal(dataset.tokens, ids)
+    assert dataset.labels.tolist() == [3, 0, 0, 2]
+    np.savez(tmp_path / "b.npz", labels=np.array([1, 2]), ids=ids[:2])
+    assert data.load(tmp_path / "b.npz").labels.tolist() == [1, 2]
+
+
+def test_a_bin_is_uint16_and_its_pickle_is_not_opened(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "exploded"),)
+
+    write(tmp_path / "meta.pkl", pickle.dumps(Bomb()))
+    np.array([5, 40000, 7] * 10, "<u2").tofile(tmp_path / "train.bin")
+    dataset = data.load(tmp_path / "train.bin", length=3)
+    assert dataset.vocab_size == 40002
+    assert dataset.rows([1]).tolist() == [[40001, 8, 6]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["meta.pkl", "train.bin"]
+
+
+def test_ids_are_checked_as_they_are_read(tmp_path):
+    ids = np.zeros((4, 3), np.int16)
+    ids[2, 1], ids[3, 0] = 9, -2
+    dataset = data.load(saved(tmp_path / "a.npy", ids), num_ids=9)
+    assert dataset.rows([0, 1]).tolist() == [[1, 1, 1]] * 2
+    with pytest.raises(ValueError, match=r"id 9 at \[2, 1\] is not in \[0, 9\)"):
+        dataset.rows([1, 2])
+    with pytest.raises(ValueError, match=r"id -2 at \[3, 0\]"):
+        dataset.rows([3])
+    stream = data.load(saved(tmp_path / "b.npy", ids.ravel()), num_ids=9, length=3)
+    with pytest.raises(ValueError, match=r"id 9 at \[7\]"):
+        stream.rows([0, 6])
+
+
+def test_a_large_file_is_read_once_and_in_pieces(tmp_path):
+    ids = np.memmap(tmp_path / "a.bin", "<u2", "w+", shape=5_000_000)
+    ids[-1] = 6
+    ids.flush()
+    tracemalloc.start()
+    dataset = data.load(tmp_path / "a.bin")
+    train, _ = dataset.split(0.1, 0)
+    train.draw(np.random.default_rng(0), 8)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert dataset.vocab_size == 8
+    assert peak < 2**21
+
+
+def test_a_file_whose_number_of_ids_is_given_is_not_read(tmp_path, monkeypatch):
+    path = saved(tmp_path / "a.npy", np.zeros(1000, np.int64))
+    monkeypatch.setattr("marref.data.arrays.count_ids", None)
+    assert data.load(path, num_ids=5).vocab_size == 6
+
+
+# --- Images
+
+
+def test_a_folder_of_images_is_read_row_by_row_in_order_of_path(tmp_path):
+    picture(tmp_path / "b.png", [[0, 255, 128], [17, 34, 8]])
+    picture(tmp_path / "a.PNG", [[255] * 3] * 2)
+    write(tmp_path / "notes.txt", "no image")
+    write(tmp_path / "._a.png", "no image")
+    dataset = data.load(tmp_path)
+    assert dataset.codec == data.Pixels(2, 3, 1, 16)
+    assert dataset.tokens.tolist() == [[15] * 6, [0, 15, 8, 1, 2, 0]]
+    assert dataset.labels is None
+    assert dataset.codec.decode(dataset.rows([1])).tolist() == [[[0, 255, 136], [17, 34, 0]]]
+
+
+def test_colours_lie_beside_each_other(tmp_path):
+    picture(tmp_path / "a.png", [[[255, 0, 0], [0, 85, 170]]])
+    picture(tmp_path / "b.png", [[[0, 0, 255], [255, 255, 255]]], "P")
+    picture(tmp_path / "c.png", [[[0, 0, 0], [255, 255, 255]]], "RGBA")
+    dataset = data.load(tmp_path, colour=True, levels=4)
+    assert dataset.codec == data.Pixels(1, 2, 3, 4)
+    assert dataset.tokens.tolist() == [
+        [3, 0, 0, 0, 1, 2],
+        [0, 0, 3, 3, 3, 3],
+        [0, 0, 0, 3, 3, 3],
+    ]
+    assert dataset.codec.decode(dataset.rows([0])).tolist() == [[[[255, 0, 0], [0, 85, 170]]]]
+
+
+def test_sub_folders_are_classes(tmp_path):
+    for name in ("dog/z.png", "cat/deep/a.jpg", "cat/b.jpeg", "ant/c.png"):
+        picture(tmp_path / name, np.zeros((2, 2)))
+    assert data.load(tmp_path).labels.tolist() == [0, 1, 1, 2]
+    labels = write(tmp_path / "labels.txt", "7\n5\n5\n10\n")
+    assert data.load(tmp_path, labels=labels).labels.tolist() == [7, 5, 5, 10]
+
+
+# --- Labels, the digits
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [("9\n10\n2\n", [9, 10, 2]), ("b\r\na \r\nb", [1, 0, 1]), ("10\nx\n9", [0, 2, 1])],
+)
+def test_a_label_file_has_a_class_a_line(tmp_path, lines, expected):
+    path = saved(tmp_path / "a.npy", np.ones((3, 2), int))
+    assert data.load(path, labels=write(tmp_path / "l", lines)).labels.tolist() == expected
+
+
+def test_the_digits_come_with_their_labels():
+    dataset = data.load("digits")
+    train, held_out = data.digits()
+    labels = data.digit_labels()
+    assert [len(part) for part in labels] == [1500, 297]
+    together = np.concatenate([train, held_out]), np.concatenate(labels)
+    ours = dataset.rows(np.arange(1797)), dataset.labels
+
+    def sums(tokens, labels):
+        return [tokens[labels == digit].sum() for digit in range(10)]
+
+    assert sums(*ours) == sums(*together)
+    assert np.bincount(dataset.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert (dataset.vocab_size, dataset.length) == (data.DIGITS_VOCAB_SIZE, 64)
+    assert dataset.codec.decode(dataset.rows([0])).shape == (1, *data.DIGITS_SHAPE)
+    assert data.load("digits", codec=dataset.codec).codec == dataset.codec
+
+
+# --- Windows and splits
+
+
+def test_every_window_of_a_stream_is_drawn():
+    dataset = data.Dataset(np.arange(20), data.Ids(20), 5)
+    assert len(dataset) == 16
+    drawn = dataset.draw(np.random.default_rng(0), 500)
+    assert (np.diff(drawn) == 1).all()
+    assert sorted(set(drawn[:, 0])) == list(range(1, 17))
+
+
+def test_the_windows_of_a_stream_are_256_long_or_a_sixteenth(tmp_path):
+    def length(total):
+        return data.load(saved(tmp_path / "a.npy", np.zeros(total, np.uint8))).length
+
+    assert [length(total) for total in (2, 16, 100, 4096, 9999)] == [1, 1, 6, 256, 256]
+    for total in (16, 17, 31, 32, 38, 39, 47, 48, 95, 96, 255):
+        data.load(saved(tmp_path / "a.npy", np.zeros(total, np.uint8))).split(0.1, 0)
+
+
+@given(st.integers(2, 40), st.floats(0.05, 0.95), st.integers(0, 2**32))
+def test_a_split_shares_out_every_sequence_once(n, fraction, seed):
+    ids = np.arange(2 * n).reshape(n, 2)
+    dataset = data.Dataset(ids, data.Ids(2 * n), 2, labels=np.arange(n))
+    if round(n * fraction) in (0, n):
+        with pytest.raises(ValueError, match="expected at least 1 in each part"):
+            dataset.split(fraction, seed)
+        return
+    parts = dataset.split(fraction, seed)
+    assert len(parts[1]) == round(n * fraction)
+    rows = [part.rows(np.arange(len(part))) for part in parts]
+    assert sorted(np.concatenate(rows)[:, 0]) == (ids[:, 0] + 1).tolist()
+    for part, of_part in zip(parts, rows, strict=True):
+        np.testing.assert_array_equal(part.labels, (of_part[:, 0] - 1) // 2)
+        assert part.tokens is ids
+
+
+def test_a_split_is_its_seeds_and_can_be_split_again():
+    dataset = data.Dataset(np.arange(60).reshape(30, 2), data.Ids(60), 2)
+    first, second = (dataset.split(0.3, 5)[1] for _ in range(2))
+    np.testing.assert_array_equal(first.selection, second.selection)
+    assert not np.array_equal(first.selection, dataset.split(0.3, 6)[1].selection)
+    train, validation = first.split(0.5, 0)
+    assert sorted([*train.selection, *validation.selection]) == first.selection.tolist()
+
+
+def test_no_window_of_a_stream_crosses_its_split():
+    train, validation = data.Dataset(np.arange(50), data.Ids(50), 4).split(0.2, 0)
+    assert train.rows(np.arange(len(train))).max() == 40
+    assert validation.rows(np.arange(len(validation))).min() == 41
+    assert len(train) + len(validation) == 50 - 2 * 3
+
