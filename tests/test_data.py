@@ -1,10 +1,9 @@
-import contextlib
+import io
 import json
 import os
 import pickle
 import subprocess
 import sys
-import textwrap
 import tracemalloc
 import zipfile
 from pathlib import Path
@@ -62,14 +61,35 @@ def picture(path, values, mode=None):
     return path
 
 
-def bomb(path, shape=(2**31,)):
-    """An .npz of a few KB whose array claims, and has, 2 GiB of zeros."""
+def archived(path, claimed=None, **members):
+    """An .npz of raw members, which may claim any size."""
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        with archive.open("tokens.npy", "w") as member:
-            header = {"shape": shape, "fortran_order": False, "descr": "|u1"}
-            np.lib.format.write_array_header_1_0(member, header)
-        archive.filelist[0].file_size = 2**31 + 128
+        for name, content in members.items():
+            archive.writestr(f"{name}.npy", content)
+            archive.filelist[-1].file_size = claimed or len(content)
     return path
+
+
+def npy(array=None, **header):
+    """The bytes of an .npy file, with another header if asked."""
+    file = io.BytesIO()
+    if header:
+        fields = {"descr": "<i8", "fortran_order": False, "shape": (4,), **header}
+        np.lib.format.write_array_header_1_0(file, fields)
+        return file.getvalue()
+    np.lib.format.write_array(file, np.asarray(array))
+    return file.getvalue()
+
+
+def fifo(path):
+    os.mkfifo(path)
+    return path
+
+
+def png(folder, *shapes):
+    for i, shape in enumerate(shapes):
+        picture(folder / "images" / f"{i}.png", np.zeros(shape))
+    return folder / "images"
 
 
 # --- Text
@@ -346,7 +366,18 @@ def test_the_digits_come_with_their_labels():
         return [tokens[labels == digit].sum() for digit in range(10)]
 
     assert sums(*ours) == sums(*together)
-    assert np.bincount(dataset.labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert np.bincount(dataset.labels).tolist() == [
+        178,
+        182,
+        177,
+        183,
+        181,
+        182,
+        181,
+        179,
+        174,
+        180,
+    ]
     assert (dataset.vocab_size, dataset.length) == (data.DIGITS_VOCAB_SIZE, 64)
     assert dataset.codec.decode(dataset.rows([0])).shape == (1, *data.DIGITS_SHAPE)
     assert data.load("digits", codec=dataset.codec).codec == dataset.codec
@@ -404,3 +435,422 @@ def test_no_window_of_a_stream_crosses_its_split():
     assert validation.rows(np.arange(len(validation))).min() == 41
     assert len(train) + len(validation) == 50 - 2 * 3
 
+
+# --- Bad input: files and options, and what is said about them
+
+IDS = np.arange(12).reshape(4, 3)
+GARBLED_PNG = b"\x89PNG\r\n\x1a\n" + bytes(50)
+
+BAD_DATA = {
+    # Paths.
+    "No such file or directory: ": lambda folder: (folder / "nowhere.txt", {}),
+    "No such file": lambda folder: ([write(folder / "a.txt", "abc"), folder / "b.txt"], {}),
+    "source: received int, expected a path or paths": lambda folder: (3, {}),
+    "source: received bytes, expected a path": lambda folder: (b"a.txt", {}),
+    "source: received NoneType": lambda folder: ([folder, None], {}),
+    "source: received no paths": lambda folder: ([], {}),
+    "source: received 2 paths, expected one; only text": lambda folder: (
+        [saved(folder / "a.npy", IDS)] * 2,
+        {},
+    ),
+    "a.txt: is no regular file, expected a file": lambda folder: (fifo(folder / "a.txt"), {}),
+    "a.npy: is no regular file": lambda folder: (fifo(folder / "a.npy"), {}),
+    "zero: is no regular file": lambda folder: (Path("/dev/zero"), {}),
+    "is a folder, expected a file": lambda folder: (folder, {"kind": "bytes"}),
+    # Options.
+    "kind: received 'words', expected one of bytes, characters": lambda folder: (
+        write(folder / "a.txt", PANGRAM),
+        {"kind": "words"},
+    ),
+    "levels: received for bytes, expected for pixels": lambda folder: (
+        write(folder / "a.txt", PANGRAM),
+        {"levels": 4},
+    ),
+    "num_ids: received for digits, expected for ids": lambda folder: ("digits", {"num_ids": 18}),
+    "tokenizer: received for characters": lambda folder: (
+        write(folder / "a.txt", PANGRAM),
+        {"kind": "characters", "tokenizer": "t.json"},
+    ),
+    "tokenizer: received None, expected a file": lambda folder: (
+        write(folder / "a.txt", PANGRAM),
+        {"kind": "tokenizer"},
+    ),
+    "num_ids: received 0, expected an integer in [1, ": lambda folder: (
+        saved(folder / "a.npy", IDS),
+        {"num_ids": 0},
+    ),
+    "num_ids: received 1000000000000": lambda folder: (
+        saved(folder / "a.npy", IDS),
+        {"num_ids": 10**12},
+    ),
+    "codec: received with num_ids, expected alone": lambda folder: (
+        saved(folder / "a.npy", IDS),
+        {"codec": data.Ids(12), "num_ids": 12},
+    ),
+    "codec: received with kind": lambda folder: ("digits", {"codec": data.Ids(1), "kind": "ids"}),
+    "codec: received dict, expected a Codec": lambda folder: ("digits", {"codec": {"kind": "ids"}}),
+    "codec: received Ids(count=17), expected Pixels(": lambda folder: (
+        "digits",
+        {"codec": data.Ids(17)},
+    ),
+    "length: received 0, expected an integer >= 1": lambda folder: (
+        write(folder / "a.txt", PANGRAM),
+        {"length": 0},
+    ),
+    "a.npy: tokens: shape [4, 3], expected [n, 2]": lambda folder: (
+        saved(folder / "a.npy", IDS),
+        {"length": 2},
+    ),
+    # Text.
+    "a.txt: tokens: a stream of 0, expected at least 2, length + 1": lambda folder: (
+        write(folder / "a.txt", ""),
+        {},
+    ),
+    "a.txt: tokens: a stream of 1, expected": lambda folder: (write(folder / "a.txt", "a"), {}),
+    "a.txt: tokens: a stream of 4, expected at least 5": lambda folder: (
+        write(folder / "a.txt", "abcd"),
+        {"length": 4},
+    ),
+    'alphabet: received "", expected characters': lambda folder: (
+        write(folder / "a.txt", ""),
+        {"kind": "characters"},
+    ),
+    "b.txt: byte 0xff at offset 3 is no UTF-8 (invalid start byte)": lambda folder: (
+        [write(folder / "a.txt", "abc"), write(folder / "b.txt", b"abc\xff")],
+        {"kind": "characters"},
+    ),
+    "a.txt: byte 0xc3 at offset 1 is no UTF-8 (unexpected end of data)": lambda folder: (
+        write(folder / "a.txt", b"a\xc3"),
+        {"kind": "characters"},
+    ),
+    "a.txt: byte 0xff at offset 0 is no UTF-8": lambda folder: (
+        write(folder / "a.txt", PANGRAM.encode("utf-16")),
+        {"kind": "characters"},
+    ),
+    "a.txt: byte 0 at offset 3, expected text": lambda folder: (
+        write(folder / "a.txt", PANGRAM.encode("utf-16")),
+        {},
+    ),
+    "model.pt: byte 0 at offset": lambda folder: (write(folder / "model.pt", b"PK\3\4\0"), {}),
+    "a.txt: character 'ö' (U+00F6) at 2 is not in the alphabet of 3": lambda folder: (
+        write(folder / "a.txt", "Zwöl"),
+        {"codec": data.Characters("Zlw")},
+    ),
+    't.json: file: received "{}", expected the JSON of the tokenizers package': lambda folder: (
+        write(folder / "a.txt", PANGRAM),
+        {"tokenizer": write(folder / "t.json", "{}")},
+    ),
+    "t.json: byte 0x80 at offset 0 is no UTF-8": lambda folder: (
+        write(folder / "a.txt", PANGRAM),
+        {"tokenizer": write(folder / "t.json", b"\x80")},
+    ),
+    # Arrays.
+    "a.npy: dtype float64, expected integers": lambda folder: (
+        saved(folder / "a.npy", IDS / 2),
+        {},
+    ),
+    "a.npy: dtype bool, expected integers": lambda folder: (
+        saved(folder / "a.npy", IDS > 2),
+        {},
+    ),
+    "a.npy: dtype <U1, expected integers": lambda folder: (
+        saved(folder / "a.npy", np.array(["a", "b"])),
+        {},
+    ),
+    "a.npy: holds pickled Python objects": lambda folder: (
+        saved(folder / "a.npy", np.array([print, 1], object)),
+        {},
+    ),
+    "a.npy: shape [], expected [n, length], or one stream [total]": lambda folder: (
+        saved(folder / "a.npy", np.array(3)),
+        {},
+    ),
+    "a.npy: shape [2, 2, 3], expected [n, length]": lambda folder: (
+        saved(folder / "a.npy", IDS.reshape(2, 2, 3)),
+        {},
+    ),
+    "a.npy: shape [0], expected no axis to be empty": lambda folder: (
+        saved(folder / "a.npy", IDS[0, :0]),
+        {},
+    ),
+    "a.npy: shape [4, 0], expected no axis": lambda folder: (
+        saved(folder / "a.npy", IDS[:, :0]),
+        {},
+    ),
+    "a.npy: shape [1], expected at least two ids": lambda folder: (
+        saved(folder / "a.npy", IDS[0, :1]),
+        {},
+    ),
+    "a.npy: id -1 at [2, 1] is not in [0, ": lambda folder: (
+        saved(folder / "a.npy", np.where(IDS == 7, -1, IDS)),
+        {},
+    ),
+    "a.npy: id -2 at [1, 2] is not in": lambda folder: (
+        saved(folder / "a.npy", np.asfortranarray(np.where(IDS == 5, -2, IDS))),
+        {},
+    ),
+    "a.npy: id 9223372036854775807 at [0, 1] is not in": lambda folder: (
+        saved(folder / "a.npy", np.where(IDS == 1, 2**63 - 1, IDS)),
+        {},
+    ),
+    "a.npy: truncated: shape [4, 3] of int64 takes 96 bytes, received 95": lambda folder: (
+        write(folder / "a.npy", npy(IDS)[:-1]),
+        {},
+    ),
+    "a.npy: truncated: shape [1000000000000]": lambda folder: (
+        write(folder / "a.npy", npy(shape=(10**12,))),
+        {},
+    ),
+    "a.npy: shape [-2, -3], expected no axis": lambda folder: (
+        write(folder / "a.npy", npy(shape=(-2, -3)) + bytes(48)),
+        {},
+    ),
+    "a.npy: cannot be read as .npy (": lambda folder: (write(folder / "a.npy", PANGRAM), {}),
+    "a.npy: cannot be read as .npy (EOF": lambda folder: (write(folder / "a.npy", ""), {}),
+    "a.npy: cannot be read as .npy (format version (3, 0))": lambda folder: (
+        write(folder / "a.npy", b"\x93NUMPY\3\0" + npy(IDS)[8:]),
+        {},
+    ),
+    "a.npy: cannot be read as .npy (Cannot parse header": lambda folder: (
+        write(folder / "a.npy", npy(IDS).replace(b"{", b"(")),
+        {},
+    ),
+    "a.npz: cannot be read as .npz (File is not a zip file)": lambda folder: (
+        write(folder / "a.npz", npy(IDS)),
+        {},
+    ),
+    "a.npz: holds a, b; expected one array, or one called tokens": lambda folder: (
+        archived(folder / "a.npz", a=npy(IDS), b=npy(IDS)),
+        {},
+    ),
+    "a.npz: holds nothing; expected": lambda folder: (archived(folder / "a.npz"), {}),
+    "a.npz: holds labels; expected": lambda folder: (
+        archived(folder / "a.npz", labels=npy(IDS[0])),
+        {},
+    ),
+    "a.npz: a.npy: dtype float64, expected integers": lambda folder: (
+        archived(folder / "a.npz", a=npy(IDS / 2)),
+        {},
+    ),
+    "a.npz: a.npy: holds pickled": lambda folder: (
+        archived(folder / "a.npz", a=npy(np.array([print, 1], object))),
+        {},
+    ),
+    "a.npz: a.npy: truncated: shape [1000000000000]": lambda folder: (
+        archived(folder / "a.npz", a=npy(shape=(10**12,))),
+        {},
+    ),
+    "a.npz: claims to inflate to 2,147,483,648 bytes, expected at most 1,073": lambda folder: (
+        archived(folder / "a.npz", claimed=2**31, a=npy(IDS)),
+        {},
+    ),
+    "a.npz: a.npy: cannot be inflated (": lambda folder: (
+        write(
+            folder / "a.npz",
+            archived(folder / "a.npz", a=npy(IDS)).read_bytes().replace(b"a.npy", b"b.npy", 1),
+        ),
+        {},
+    ),
+    "a.npz: labels: shape [4, 3], expected [n]": lambda folder: (
+        archived(folder / "a.npz", tokens=npy(IDS), labels=npy(IDS)),
+        {},
+    ),
+    "a.npz: labels: class -1 at [2] is not in [0, ": lambda folder: (
+        archived(folder / "a.npz", tokens=npy(IDS), labels=npy([0, 0, -1, 2])),
+        {},
+    ),
+    "a.npz: labels: shape [3], expected [4]": lambda folder: (
+        archived(folder / "a.npz", tokens=npy(IDS), labels=npy([0, 0, 2])),
+        {},
+    ),
+    "a.npz: labels: received for a stream": lambda folder: (
+        archived(folder / "a.npz", tokens=npy(IDS[0]), labels=npy(IDS[0])),
+        {},
+    ),
+    "a.bin: 3 bytes, expected uint16": lambda folder: (write(folder / "a.bin", b"abc"), {}),
+    "a.bin: 0 bytes, expected uint16": lambda folder: (write(folder / "a.bin", b""), {}),
+    # Labels.
+    "l.txt: 3 lines, expected 4, one for each sequence": lambda folder: (
+        saved(folder / "a.npy", IDS),
+        {"labels": write(folder / "l.txt", "1\n2\n3\n")},
+    ),
+    "l.txt: line 2 is empty": lambda folder: (
+        saved(folder / "a.npy", IDS),
+        {"labels": write(folder / "l.txt", "1\n\n3\n4")},
+    ),
+    "l.txt: class 99999999999, expected at most": lambda folder: (
+        saved(folder / "a.npy", IDS),
+        {"labels": write(folder / "l.txt", "1\n99999999999\n3\n4")},
+    ),
+    "labels: received for a.txt, a stream": lambda folder: (
+        write(folder / "a.txt", PANGRAM),
+        {"labels": write(folder / "l.txt", "1")},
+    ),
+    # Images.
+    "holds no PNG or JPEG images": lambda folder: (write(folder / "x" / "a.gif", "GIF").parent, {}),
+    "a.png: is no folder, expected a folder of PNG": lambda folder: (
+        picture(folder / "a.png", [[0]]),
+        {"kind": "pixels"},
+    ),
+    "1.png: 3 x 2 pixels, expected 2 x 3, as all": lambda folder: (
+        png(folder, (3, 2), (2, 3), (9, 9)),
+        {},
+    ),
+    "0.png: 2 x 2 pixels, expected 3 x 2, as all": lambda folder: (
+        png(folder, (2, 2)),
+        {"codec": data.Pixels(2, 3, 1, 4)},
+    ),
+    "a.png: is no PNG or JPEG image": lambda folder: (
+        write(folder / "images" / "a.png", PANGRAM).parent,
+        {},
+    ),
+    "a.png: cannot be read as an image (": lambda folder: (
+        write(
+            folder / "images" / "a.png", png(folder, (9, 9)).joinpath("0.png").read_bytes()[:45]
+        ).parent,
+        {},
+    ),
+    "b.jpg: is no PNG or JPEG image": lambda folder: (
+        write(folder / "images" / "b.jpg", b"GIF89a" + bytes(20)).parent,
+        {},
+    ),
+    "a.png: has transparent pixels": lambda folder: (
+        picture(folder / "images" / "a.png", np.full((2, 2, 4), 254)).parent,
+        {},
+    ),
+    "a.png: mode I;16, expected 8 bits a channel": lambda folder: (
+        picture(folder / "images" / "a.png", [[0]], "I;16").parent,
+        {},
+    ),
+    "0.png: lies in no sub-folder, expected one, as others do": lambda folder: (
+        picture(png(folder, (2, 2)) / "cat" / "a.png", np.zeros((2, 2))).parents[1],
+        {},
+    ),
+    "levels: received 1, expected an integer in [2, 256]": lambda folder: (
+        png(folder, (2, 2)),
+        {"levels": 1},
+    ),
+}
+
+
+def contents(folder):
+    return {
+        path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))
+    }
+
+
+@pytest.mark.parametrize("message", BAD_DATA)
+def test_bad_data(message, tmp_path, monkeypatch):
+    if "t.json: file" in message:
+        pytest.importorskip("tokenizers")
+    monkeypatch.chdir(tmp_path)
+    source, options = BAD_DATA[message](tmp_path)
+    before = contents(tmp_path)
+    with pytest.raises((OSError, TypeError, ValueError)) as caught:
+        data.load(source, **options)
+    said = str(caught.value).replace(f"{tmp_path}/", "")
+    assert message in said
+    assert "\n" not in said
+    assert contents(tmp_path) == before
+
+
+def test_the_table_of_bad_data_is_long_enough():
+    assert len(BAD_DATA) >= 40
+
+
+STREAM = data.Dataset(np.arange(9), data.Ids(9), 3)
+SEQUENCES = data.Dataset(IDS, data.Ids(12), 3)
+
+BAD_CALLS = {
+    # Codecs.
+    "codec: received list, expected a dict": lambda: data.codec_from_dict([]),
+    "codec: kind: received None, expected one of bytes, characters": lambda: data.codec_from_dict(
+        {}
+    ),
+    "codec: kind: received ['ids'], expected one of": lambda: data.codec_from_dict(
+        {"kind": ["ids"]}
+    ),
+    "codec: bytes has the fields size, expected none": lambda: data.codec_from_dict(
+        {"kind": "bytes", "size": 3}
+    ),
+    "codec: ids has the fields none, expected count": lambda: data.codec_from_dict({"kind": "ids"}),
+    "codec: num_ids: received '9', expected an integer": lambda: data.codec_from_dict(
+        {"kind": "ids", "count": "9"}
+    ),
+    'codec: alphabet: received "ba", expected characters in order': lambda: data.codec_from_dict(
+        {"kind": "characters", "alphabet": "ba"}
+    ),
+    'alphabet: received "aab", expected': lambda: data.Characters("aab"),
+    "alphabet: received list, expected a string": lambda: data.Characters(["a"]),
+    "alphabet: half a surrogate pair at 1": lambda: data.Characters("a\ud800"),
+    "content: received int, expected str or bytes": lambda: data.Bytes().encode(3),
+    "content: half a surrogate pair at 0": lambda: data.Characters("a").encode("\ud800"),
+    "channels: received 2, expected 1 (grey) or 3": lambda: data.Pixels(1, 1, 2, 4),
+    "channels: received 4": lambda: data.Pixels(1, 1, 4, 4),
+    "height: received 0": lambda: data.Pixels(0, 1, 1, 4),
+    "levels: received 257, expected an integer in [2, 256]": lambda: data.Pixels(1, 1, 1, 257),
+    "images: dtype float64, expected uint8": lambda: data.Pixels(1, 1, 1, 4).encode(
+        np.ones((1, 1))
+    ),
+    "images: shape [3, 2], expected [..., 2, 3]": lambda: data.Pixels(2, 3, 1, 4).encode(
+        np.zeros((3, 2), np.uint8)
+    ),
+    "tokens: id 257 at [1] is not in [0, 257)": lambda: data.Bytes().decode([1, 257]),
+    "tokens: id -1 at [0] is not in [0, 3)": lambda: data.Characters("ab").decode([-1]),
+    "tokens: shape [], expected [..., length]": lambda: data.Bytes().decode(3),
+    "tokens: dtype float64, expected integers": lambda: data.Ids(3).decode([1.0]),
+    "tokens: shape [1, 5], expected [..., 6]": lambda: data.Pixels(2, 3, 1, 4).decode([[1] * 5]),
+    "ids: id 3 at [1] is not in [0, 3)": lambda: data.Ids(3).encode([0, 3]),
+    # Datasets.
+    "tokens: dtype float64, expected integers ": lambda: data.Dataset(
+        np.ones((2, 2)), data.Bytes(), 2
+    ),
+    "tokens: shape [0, 3], expected [n, 3] with n >= 1": lambda: data.Dataset(
+        IDS[:0], data.Bytes(), 3
+    ),
+    "tokens: shape [1, 4, 3], expected": lambda: data.Dataset(IDS[np.newaxis], data.Bytes(), 3),
+    "labels: shape [3], expected [4]": lambda: data.Dataset(IDS, data.Bytes(), 3, np.arange(3)),
+    "index: 7, expected integers in [0, 6]": lambda: STREAM.rows([0, 7]),
+    "index: -1, expected integers in [0, 3]": lambda: SEQUENCES.rows([-1]),
+    "index: dtype float64 and shape [1], expected integers [k]": lambda: STREAM.rows([0.0]),
+    "index: dtype int64 and shape [], expected integers [k]": lambda: STREAM.rows(0),
+    "rng: received int, expected a numpy.random.Generator": lambda: STREAM.draw(0, 1),
+    "count: received 0": lambda: STREAM.draw(np.random.default_rng(0), 0),
+    "fraction: received 1, expected a number in (0, 1)": lambda: STREAM.split(1, 0),
+    "seed: received -1": lambda: STREAM.split(0.5, -1),
+    "fraction: 0.1 of 4 sequences leaves 4 and 0, expected at least 1 in each": lambda: (
+        SEQUENCES.split(0.1, 0)
+    ),
+    "fraction: 0.3 of 9 tokens leaves 6 and 3, expected at least 4 in each": lambda: STREAM.split(
+        0.3, 0
+    ),
+}
+
+
+@pytest.mark.parametrize("message", BAD_CALLS)
+def test_bad_call(message):
+    with pytest.raises((TypeError, ValueError)) as caught:
+        BAD_CALLS[message]()
+    assert message.strip() in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("package", "message"),
+    [
+        ("tokenizers", 'tokenizer files need the tokens extra: pip install ".[tokens]"'),
+        ("PIL.Image", 'images need the images extra: pip install ".[images]"'),
+    ],
+)
+def test_a_missing_extra_is_asked_for_by_name(package, message, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, package, None)
+    text = write(tmp_path / "a.txt", PANGRAM)
+    tokenizer = word_tokenizer(tmp_path / "t.json") if package == "tokenizers" else None
+    with pytest.raises(ImportError) as caught:
+        data.load(text if tokenizer else tmp_path, tokenizer=tokenizer)
+    assert message in str(caught.value)
+
+
+def test_importing_marref_imports_no_extra():
+    code = "import sys, marref; print([m for m in ('PIL', 'tokenizers') if m in sys.modules])"
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert printed.stdout == "[]\n"
