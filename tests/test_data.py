@@ -2,7 +2,6 @@ import io
 import json
 import os
 import pickle
-import subprocess
 import sys
 import tracemalloc
 import zipfile
@@ -848,9 +847,3 @@ def test_a_missing_extra_is_asked_for_by_name(package, message, tmp_path, monkey
     with pytest.raises(ImportError) as caught:
         data.load(text if tokenizer else tmp_path, tokenizer=tokenizer)
     assert message in str(caught.value)
-
-
-def test_importing_marref_imports_no_extra():
-    code = "import sys, marref; print([m for m in ('PIL', 'tokenizers') if m in sys.modules])"
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert printed.stdout == "[]\n"
