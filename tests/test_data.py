@@ -5,6 +5,7 @@ import pickle
 import sys
 import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -52,11 +53,11 @@ def word_tokenizer(path, **settings):
     return write(path, json.dumps(content))
 
 
-def picture(path, values, mode=None):
+def picture(path, values, mode=None, **options):
     image = pytest.importorskip("PIL.Image")
     path.parent.mkdir(parents=True, exist_ok=True)
     picture = image.fromarray(np.asarray(values, np.uint8))
-    (picture.convert(mode) if mode else picture).save(path)
+    (picture.convert(mode) if mode else picture).save(path, **options)
     return path
 
 
@@ -83,6 +84,13 @@ def npy(array=None, **header):
 def fifo(path):
     os.mkfifo(path)
     return path
+
+
+def claiming(path, size, target):
+    """A copy of a PNG whose header claims ``size`` times ``size`` pixels."""
+    content = path.read_bytes()
+    header = b"IHDR" + size.to_bytes(4) * 2 + content[24:29]
+    return write(target, content[:12] + header + zlib.crc32(header).to_bytes(4) + content[33:])
 
 
 def png(folder, *shapes):
@@ -284,18 +292,55 @@ def test_ids_are_checked_as_they_are_read(tmp_path):
         stream.rows([0, 6])
 
 
-def test_a_large_file_is_read_once_and_in_pieces(tmp_path):
-    ids = np.memmap(tmp_path / "a.bin", "<u2", "w+", shape=5_000_000)
-    ids[-1] = 6
-    ids.flush()
+@pytest.fixture
+def peak_memory():
     tracemalloc.start()
-    dataset = data.load(tmp_path / "a.bin")
+    yield lambda: tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+
+def test_a_large_file_is_read_in_pieces(tmp_path, peak_memory):
+    ids = np.lib.format.open_memmap(tmp_path / "a.npy", "w+", ">i4", (5_000_000,))
+    ids[1000] = 6
+    dataset = data.load(tmp_path / "a.npy")
     train, _ = dataset.split(0.1, 0)
     train.draw(np.random.default_rng(0), 8)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
     assert dataset.vocab_size == 8
-    assert peak < 2**21
+    ids[4_999_999] = -1
+    with pytest.raises(ValueError, match=r"id -1 at \[4999999\]"):
+        data.load(tmp_path / "a.npy")
+    assert peak_memory() < 2**21
+
+
+def labelled(path):
+    return archived(path, tokens=npy(IDS), labels=npy(IDS[:, 0]))
+
+
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("a.npy", lambda path: saved(path, IDS.astype(np.int16))),
+        ("a.npz", labelled),
+        ("images/a.png", lambda path: picture(path, np.arange(256).reshape(16, 16))),
+    ],
+)
+def test_garbled_files_are_read_or_are_one_clear_error(name, make, tmp_path):
+    path = make(tmp_path / name)
+    source = path.parent if path.suffix == ".png" else path
+    whole = path.read_bytes()
+    rng = np.random.default_rng(0)
+    said = []
+    for _ in range(100):
+        garbled = bytearray(whole[: rng.integers(1, len(whole)) if rng.random() < 0.2 else None])
+        for place in rng.integers(len(garbled), size=3):
+            garbled[place] ^= 1 << rng.integers(8)
+        path.write_bytes(garbled)
+        try:
+            data.load(source)
+        except ValueError as error:
+            said.append(str(error))
+    assert len(said) > 20
+    assert [line for line in said if str(path) not in line or "\n" in line] == []
 
 
 def test_a_file_whose_number_of_ids_is_given_is_not_read(tmp_path, monkeypatch):
@@ -725,6 +770,18 @@ BAD_DATA = {
         picture(png(folder, (2, 2)) / "cat" / "a.png", np.zeros((2, 2))).parents[1],
         {},
     ),
+    "b.png: has transparent pixels": lambda folder: (
+        picture(folder / "images" / "b.png", [[0, 9]], "P", transparency=0).parent,
+        {},
+    ),
+    "c.png: is no PNG or JPEG image": lambda folder: (
+        picture(folder / "images" / "c.gif", [[0]]).rename(folder / "images" / "c.png").parent,
+        {},
+    ),
+    "d.png: cannot be read as an image (Image size (100000000 pixels) exceeds": lambda folder: (
+        claiming(png(folder, (1, 1)) / "0.png", 10_000, folder / "x" / "d.png").parent,
+        {},
+    ),
     "levels: received 1, expected an integer in [2, 256]": lambda folder: (
         png(folder, (2, 2)),
         {"levels": 1},
@@ -736,6 +793,17 @@ def contents(folder):
     return {
         path: path.read_bytes() if path.is_file() else None for path in sorted(folder.rglob("*"))
     }
+
+
+def test_the_special_tokens_of_a_tokenizer_are_shown(tmp_path):
+    pytest.importorskip("tokenizers")
+    token = {"id": 4, "content": "[END]", "special": True}
+    rules = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    path = word_tokenizer(tmp_path / "t.json", added_tokens=[{**token, **rules}])
+    codec = data.load(write(tmp_path / "a.txt", "cat[END]the"), tokenizer=path, length=1).codec
+    assert codec.num_ids == 5
+    assert codec.encode("cat[END]the").tolist() == [3, 5, 2]
+    assert codec.decode([3, 5, 2]) == "cat [END] the"
 
 
 @pytest.mark.parametrize("message", BAD_DATA)

@@ -115,7 +115,7 @@ class Dataset:
             index = index if self.selection is None else self.selection[index]
             raw = self.tokens[index]
         self._check(raw, index)
-        return np.array(raw, np.int64) + 1
+        return raw.astype(np.int64) + 1
 
     def draw(self, rng: np.random.Generator, count: int) -> npt.NDArray[np.int64]:
         """Read sequences, or windows of a stream at any offset, drawn with replacement.
