@@ -852,6 +852,9 @@ BAD_CALLS = {
     "alphabet: half a surrogate pair at 1": lambda: data.Characters("a\ud800"),
     "content: received int, expected str or bytes": lambda: data.Bytes().encode(3),
     "content: half a surrogate pair at 0": lambda: data.Characters("a").encode("\ud800"),
+    "character 'b' (U+0062) at 1 is not in the alphabet of 2": lambda: data.Characters("ac").encode(
+        "ab"
+    ),
     "channels: received 2, expected 1 (grey) or 3": lambda: data.Pixels(1, 1, 2, 4),
     "channels: received 4": lambda: data.Pixels(1, 1, 4, 4),
     "height: received 0": lambda: data.Pixels(0, 1, 1, 4),
