@@ -69,7 +69,7 @@ def train(
     params : dict
         Where to start; not written to.
     tokens : integer array [num_sequences, length]
-        The data.
+        The data, without ``mask_token_id``.
     num_steps, batch_size : int
     learning_rate : float
         The peak, reached after ``warmup_steps``; see `marref.optim.warmup_cosine`.
@@ -110,6 +110,7 @@ def train(
     checks.integer("warmup_steps", warmup_steps, 0, num_steps - 1)
     checks.choice("mask_schedule", mask_schedule, masking.SCHEDULES)
     checks.integer("mask_token_id", mask_token_id, 0, model.vocab_size - 1)
+    checks.no_mask_token("tokens", tokens, mask_token_id)
     checks.generator("rng", rng)
     if num_threads is not None:
         checks.integer("num_threads", num_threads, 1)
@@ -159,6 +160,7 @@ def bits_per_token(
         Masked tokens [batch, length] to logits [batch, length, vocab_size]; for a model,
         ``functools.partial(marref.fast.logits, model, params)``.
     tokens : integer array [num_sequences, length]
+        Without ``mask_token_id``.
     ratio : float
         In [0, 1]; every sequence has the same number of masked positions.
     rng : numpy.random.Generator
@@ -181,6 +183,7 @@ def bits_per_token(
     targets = checks.token_ids("tokens", tokens, np.iinfo(np.int64).max)
     if len(targets) == 0:
         raise ValueError(f"tokens: shape {list(targets.shape)}, expected at least one sequence")
+    checks.no_mask_token("tokens", targets, mask_token_id)
     masked, mask = mask_tokens(targets, ratio, rng, mask_token_id)
     nats = 0.0
     for start in range(0, len(targets), batch_size):
