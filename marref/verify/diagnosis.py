@@ -32,6 +32,8 @@ from marref.verify.search import Explanation, Partial, Progress, Search, Togethe
 _MOST_SHOWN = 3
 _INEXACT = 1 / 256
 """The largest error of 16 numbers or more is above this part of its budget, 8 of such errors."""
+_MANY = 4
+"""Fewer arrays tell a coarse precision from a mistake by chance alone."""
 _HINTS = {
     "tf32": "is TensorFloat-32 switched on? In PyTorch torch.backends.cuda.matmul.allow_tf32 and "
     "torch.set_float32_matmul_precision, in JAX jax_default_matmul_precision, decide it",
@@ -255,4 +257,6 @@ def _rounded_throughout(comparison: Comparison, mixed: Comparison) -> bool:
         for row, coarse in zip(comparison.rows, mixed.rows, strict=True)
         if math.prod(row.shape) >= 16 and 4.0 * row.budget < coarse.budget < math.inf
     ]
-    return all(difference > _INEXACT * budget for difference, budget in concerned)
+    return len(concerned) >= _MANY and all(
+        difference > _INEXACT * budget for difference, budget in concerned
+    )

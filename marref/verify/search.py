@@ -51,6 +51,8 @@ _SECTIONS = {
 
 _STAGES = {"loss": ("loss",), **dict.fromkeys(("schedule", "decode", "ties"), ("decoding",))}
 """Where a section's faults are; of other sections, anywhere."""
+_LATE = (*golden.OPTIMISERS, "schedule", "decode", "ties")
+"""Sections whose steps or integers differ by much where what comes before differs by little."""
 _STAGE_OF = {fault: stage for stage, of_stage in STAGES.items() for fault in of_stage}
 
 
@@ -156,9 +158,11 @@ class Search:
         self.arrays = {name: np.asarray(array) for name, array in arrays.items()}
         self.comparison = comparison
         self.progress = progress
+        self.first = comparison.differing[0].name
         self.stages = golden_vectors.stages(arrays)
         self.pristine: dict[Any, dict[str, Array]] = {}
         self.tried: dict[frozenset[Fault], _Result] = {}
+        self.judged: dict[frozenset[Fault], _Judged] = {}
 
     @property
     def thin(self) -> bool:
@@ -168,13 +172,13 @@ class Search:
 
     def explanations(self, most_together: int) -> list[Explanation]:
         """Find what explains all arrays, with as few faults as possible; best first."""
-        self._examine(())
+        self._try(())
         for size in range(1, most_together + 1):
             sets = self._sets(size)
             results = []
             for done, together in enumerate(sets):
                 self.progress(_SETS[size], done, len(sets))
-                results.append(self._examine(together))
+                results.append(self._try(together))
             found = self._confirmed([result for result in results if result.near])
             if found:
                 return found
@@ -194,7 +198,7 @@ class Search:
         gaining.sort(key=lambda result: (-result.reach, len(result.faults)))
         by_reach: dict[int, list[_Judged]] = {}
         for result in gaining[:_WIDTH]:
-            judged = self._judged(result.faults)
+            judged = self._judge(result.faults)
             explained = [] if judged is None else self._explained(judged)
             if judged is not None and self._telling(explained) and self._needed(judged, explained):
                 by_reach.setdefault(len(explained), []).append(judged)
@@ -207,10 +211,9 @@ class Search:
 
     def _candidates(self) -> list[Fault]:
         """List the faults to try; where the evidence is thin, those of the section itself."""
-        first = self.comparison.first
-        if not self.thin or first is None:
+        if not self.thin:
             return list(CATALOGUE.values())
-        stages = _STAGES.get(first.name.split("/")[0], tuple(STAGES))
+        stages = _STAGES.get(self.first.split("/")[0], tuple(STAGES))
         return [fault for stage in stages for fault in STAGES[stage]]
 
     def _sets(self, size: int) -> list[Together]:
@@ -250,13 +253,17 @@ class Search:
         result = self.tried.get(frozenset((*base.faults, fault)))
         return result is not None and result.changes and result.reach == base.reach
 
+    def _try(self, together: Together) -> _Result:
+        """Examine faults, in both orders where they change one function; keep the better."""
+        orders = [together, together[::-1]] if _entangled(together) else [together]
+        results = [self._examine(order) for order in orders]
+        best = max(results, key=lambda result: (result.reach, -result.ratio))
+        self.tried[frozenset(together)] = best
+        return best
+
     def _examine(self, together: Together) -> _Result:
         """Compare with marref under some faults, up to the first array that is far off."""
-        result = self.tried[frozenset(together)] = self._examined(together)
-        return result
-
-    def _examined(self, together: Together) -> _Result:
-        rows = {row.name: row for row in self.comparison.rows}
+        budgets = self._budgets(together)
         worst, reach, starts = 0.0, 0, False
         # Stages share what they compute; under faults that is another.
         stages = self.golden_vectors.stages(self.arrays)
@@ -270,21 +277,46 @@ class Search:
             if computed is None:
                 return _Result(together, reach, True, starts, math.inf)
             for name, array in computed.items():
-                if name not in rows or not math.isfinite(rows[name].budget):
+                if name not in budgets or not math.isfinite(budgets[name]):
                     continue
                 if array.shape != self.arrays[name].shape:
                     return _Result(together, reach, True, starts, math.inf)
-                budget = max(rows[name].budget, _TINY)
+                budget = max(budgets[name], _TINY)
                 change = measure.difference(array, self.golden_vectors.arrays[name])
-                starts |= rows[name] is self.comparison.first and change > budget
+                starts |= name == self.first and change > budget
                 worst = max(worst, _distance(self.arrays[name], array) / budget)
                 if worst > _NEAR:
                     return _Result(together, reach, change > budget, starts, worst)
                 reach += 1
         return _Result(together, reach, False, starts, worst)
 
-    def _judged(self, together: Together) -> _Judged | None:
+    def _budgets(self, together: Together) -> dict[str, float]:
+        """Choose the budgets by which to examine some faults.
+
+        Those of the set without the last fault, if they have been derived.  Else those of the right
+        model; but what a mistake further up does to the steps of an optimiser, or to a decoder, is
+        judged by budgets of its own alone.
+        """
+        judged = self.judged.get(frozenset(together[:-1])) if len(together) > 1 else None
+        rows = judged.left.rows if judged else self.comparison.rows
+        budgets = {row.name: row.budget for row in rows}
+        if judged or self.first.split("/")[0] in _LATE:
+            return budgets
+        for name in budgets:
+            section = name.split("/")[0]
+            if section in golden.OPTIMISERS:
+                rate = golden.OPTIMISERS[section]["learning_rate"]
+                whole_steps = 2.0 * rate * int(name.split("/")[1])
+                budgets[name] = max(budgets[name], whole_steps / _NEAR)
+            elif section == "decode":
+                budgets[name] = math.inf
+        return budgets
+
+    def _judge(self, together: Together) -> _Judged | None:
         """Compare with marref under some faults, within budgets of that faulty model."""
+        key = frozenset(together)
+        if key in self.judged:
+            return self.judged[key]
         computed = self._compute(together, self.arrays)
         names = [row.name for row in self.comparison.rows]
         precisions = {name: self.comparison.precision_of(name) for name in names}
@@ -299,16 +331,26 @@ class Search:
             if math.isfinite(budget):
                 budget = min(budget, max(2.0 * row.difference, budget / 4.0))
             rows.append(_row(row.name, self.arrays[row.name], expected[row.name], budget))
-        return _Judged(together, computed, dataclasses.replace(self.comparison, rows=tuple(rows)))
+        left = dataclasses.replace(self.comparison, rows=tuple(rows))
+        self.judged[key] = _Judged(together, computed, left)
+        return self.judged[key]
 
     def _compute(self, together: Together, names: Mapping[str, Any]) -> dict[str, Array] | None:
         return _under(together, lambda: self.golden_vectors.compute(names))
 
     def _confirmed(self, results: list[_Result]) -> list[Explanation]:
         """Keep what explains the arrays within budgets of its own, and name what is the same."""
-        judged = [self._judged(result.faults) for result in results]
+        judged = [one for result in results if (one := self._judge(result.faults))]
+        for one in judged:
+            if not one.left.agrees:
+                key, reach = frozenset(one.faults), len(self._explained(one))
+                self.tried[key] = _Result(one.faults, reach, True, True, one.ratio)
         names = [row.name for row in self.comparison.rows]
-        kept = [one for one in judged if one and one.left.agrees and self._needed(one, names)]
+        kept = [
+            one
+            for one in judged
+            if one.left.agrees and self._decided(one) and self._needed(one, names)
+        ]
         kept.sort(key=lambda one: one.ratio)
         found = []
         for one in kept:
@@ -321,6 +363,10 @@ class Search:
         """List the arrays before the first that is left over."""
         names = [row.name for row in judged.left.rows]
         return names if judged.left.first is None else names[: names.index(judged.left.first.name)]
+
+    def _decided(self, judged: _Judged) -> bool:
+        """Whether budgets of the faulty model decide of the first array that differs."""
+        return all(math.isfinite(r.budget) for r in judged.left.rows if r.name == self.first)
 
     def _telling(self, explained: list[str]) -> bool:
         """Whether enough numbers that differ from the right ones have been explained."""
@@ -371,6 +417,12 @@ def _under(together: Together, compute: Callable[[], _T]) -> _T | None:
         except (ValueError, FloatingPointError, KeyError):
             # Not finite; or, of two faults, one leaves out what the other looks for.
             return None
+
+
+def _entangled(together: Together) -> bool:
+    """Whether faults change one function, so that their order matters."""
+    seams = [seam for fault in together for seam in {patch.seam for patch in fault.patches}]
+    return len(set(seams)) < len(seams)
 
 
 def can_change(fault: Fault, stage: str | tuple[str, ...]) -> bool:
