@@ -532,14 +532,15 @@ def _errors_of_steps(
     becomes a whole step of either sign, after which all gradients are others.
     """
 
+    def nudged(name: str, leaf: Array) -> Array:
+        most = min(allowed[f"gradients/{name}"], measure.largest(leaf))
+        # What is exactly 0, as for a token that is not in the batch, is so in every program.
+        moves: Array = most * rng.choice([-1.0, 1.0], leaf.shape) * (leaf != 0)
+        return leaf + moves
+
     def nudge(grads: Tree) -> Tree:
-        return trees.unflatten(
-            {
-                name: leaf
-                + allowed[f"gradients/{name}"] * rng.choice([-1.0, 1.0], leaf.shape) * (leaf != 0)
-                for name, leaf in trees.flatten(grads).items()
-            }
-        )
+        leaves = trees.flatten(grads)
+        return trees.unflatten({name: nudged(name, leaf) for name, leaf in leaves.items()})
 
     errors = dict.fromkeys(names, 0.0)
     for _ in range(_NUM_RUNS):
