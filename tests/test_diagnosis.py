@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from marref import files, trees
+from marref.layers import attention
 from marref.verify import golden
 from marref.verify.comparison import Golden, compare
 from marref.verify.diagnosis import diagnose
@@ -454,6 +455,28 @@ def test_what_an_explanation_leaves_over_is_said(vectors):
     assert diagnosis.partial.left.first.name == "activations/logits"
     assert "up to activations/final_norm" in diagnosis.as_table()
     assert "the first left over is activations/logits" in diagnosis.as_table()
+
+
+def test_a_mistake_of_one_block_alone_makes_nobody_accuse_another(vectors):
+    """Where block 1 is right, and marref with the mistake in all blocks is not."""
+    with CATALOGUE["attention-key-and-value-parameters-swapped"].applied():
+        faulty = vectors.compute({"activations/": None})
+    block, inputs = vectors.params["blocks"][1], faulty["activations/blocks.1.attention_norm"]
+    names = [name for name in faulty if "blocks.0" in name or name.endswith("1.attention_norm")]
+    arrays = {name: faulty[name] for name in names}
+    heads = [
+        attention.split_heads(
+            inputs @ block["attention"][part]["kernel"] + block["attention"][part]["bias"], 2
+        )
+        for part in ("key", "value")
+    ]
+    for part, array in zip(("key", "value"), heads, strict=True):
+        arrays[f"activations/blocks.1.attention.{part}"] = array
+    diagnosis = diagnose(vectors, arrays, most_together=2)
+    assert diagnosis.explanations == ()
+    assert diagnosis.partial.left.first.name == "activations/blocks.1.attention.key"
+    (sentence,) = diagnosis.hints
+    assert "is golden activations/blocks.1.attention.value" in sentence
 
 
 def test_an_array_is_named_that_tells_explanations_apart(vectors):

@@ -226,7 +226,7 @@ def diagnose(
         hints: tuple[str, ...] = ()
     elif partial:
         with faults.applied(*partial.faults):
-            hints = structure.hints(partial.vectors, arrays, partial.left)
+            hints = structure.hints(partial.vectors, arrays, partial.left, faulty=True)
     else:
         hints = structure.hints(golden_vectors, arrays, comparison)
     near = tuple(search.near())

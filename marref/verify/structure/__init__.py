@@ -43,7 +43,11 @@ MOST = 3
 
 
 def hints(
-    golden_vectors: Golden, arrays: Mapping[str, Array], comparison: Comparison
+    golden_vectors: Golden,
+    arrays: Mapping[str, Array],
+    comparison: Comparison,
+    *,
+    faulty: bool = False,
 ) -> tuple[str, ...]:
     """Say what the first differing array is, most telling first.
 
@@ -54,6 +58,9 @@ def hints(
         As compared.
     comparison : Comparison
         Of these arrays.
+    faulty : bool
+        The golden vectors are of a faulty model, where a layer that seems wrong may be right: none
+        is computed again with other parameters.
 
     Returns
     -------
@@ -68,7 +75,7 @@ def hints(
     subject = (
         f"your decoder, in {setting}," if setting.startswith("decode/") else f"your {row.name}"
     )
-    return tuple(found.sentence(subject) for found in _found(case)[:MOST])
+    return tuple(found.sentence(subject) for found in _found(case, faulty)[:MOST])
 
 
 def _begins(golden_vectors: Golden, comparison: Comparison) -> Row:
@@ -122,7 +129,7 @@ def _with_others(case: Case) -> Case:
     return dataclasses.replace(case, others=others, addends=addends)
 
 
-def _found(case: Case) -> list[Finding]:
+def _found(case: Case, faulty: bool) -> list[Finding]:
     """Say what is known of an array: what it is or, if that is not found, where it differs."""
     broken = places.not_finite(case)
     if broken is not None:
@@ -136,7 +143,8 @@ def _found(case: Case) -> list[Finding]:
         return []
     if section == "loss":
         return _some(losses.loss(case) or losses.ratio(case))
-    what = first((*_hints(section), *RELATIONS), case)
+    of_section = SIMPLE if faulty and section == "activations" else _hints(section)
+    what = first((*of_section, *RELATIONS), case)
     if what is not None:
         return [what]
     rows = attending.rows(case) if case.name.endswith("attention.weights") else None
