@@ -222,7 +222,7 @@ LAYERS = {
     "a temperature": (
         WEIGHTS,
         lambda g, v: attention.softmax(0.8 * scores(v)),
-        "softmax of query times key times 0.4619",
+        "softmax of query times key times 0.4619, 0.8 times 1/sqrt(head_dim)",
     ),
     "a mask": (
         WEIGHTS,

@@ -8,7 +8,7 @@ from scipy.special import expit
 from marref.layers import attention
 from marref.trees import Array
 from marref.verify import measure
-from marref.verify.structure.evidence import Candidates, Case, Finding, named
+from marref.verify.structure.evidence import Candidates, Case, Finding, named, number
 from marref.verify.structure.sources import streams
 
 
@@ -103,8 +103,11 @@ def temperature(case: Case, block: str, _: str) -> Finding | None:
     if residual is None:
         return None
     spread = case.budget / max(measure.largest(case.golden) * float(np.abs(centred).max()), 1e-300)
+    of_right = number(value * math.sqrt(query.shape[-1]))
     return Finding(
-        f"is the softmax of query times key times {named(case, value, spread)}", residual
+        f"is the softmax of query times key times {named(case, value, spread)}, {of_right} "
+        "times 1/sqrt(head_dim)",
+        residual,
     )
 
 
