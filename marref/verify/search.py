@@ -24,6 +24,7 @@ from marref.verify.rounding import EPSILON
 _T = TypeVar("_T")
 
 Together: TypeAlias = tuple[Fault, ...]
+Stages: TypeAlias = dict[Any, Callable[[], dict[str, Array]]]
 Progress: TypeAlias = Callable[[str, int, int], None]
 """Called with what is tried, how many of these have been, and how many there are."""
 
@@ -160,6 +161,7 @@ class Search:
         self.progress = progress
         self.first = comparison.differing[0].name
         self.stages = golden_vectors.stages(arrays)
+        self.one_sequence = _of_one_sequence(golden_vectors)
         self.pristine: dict[Any, dict[str, Array]] = {}
         self.tried: dict[frozenset[Fault], _Result] = {}
         self.judged: dict[frozenset[Fault], _Judged] = {}
@@ -262,29 +264,38 @@ class Search:
         return best
 
     def _examine(self, together: Together) -> _Result:
-        """Compare with marref under some faults, up to the first array that is far off."""
+        """Compare with marref under some faults, up to the first array that is far off.
+
+        Of the many sets of several, what one sequence shows in the forward pass rules out most.
+        """
+        if len(together) > 1 and self.first.startswith("activations/"):
+            result = self._compared(together, self.one_sequence, slice(1, 2))
+            if result.ratio > _NEAR:
+                return result
+        return self._compared(together, self.golden_vectors.stages(self.arrays), ...)
+
+    def _compared(self, together: Together, stages: Stages, sequences: Any) -> _Result:
         budgets = self._budgets(together)
         worst, reach, starts = 0.0, 0, False
-        # Stages share what they compute; under faults that is another.
-        stages = self.golden_vectors.stages(self.arrays)
         for key, stage in stages.items():
             if any(can_change(fault, key) for fault in together):
                 computed = _under(together, stage)
             else:
                 if key not in self.pristine:
                     self.pristine[key] = self.stages[key]()
-                computed = self.pristine[key]
+                computed = {name: array[sequences] for name, array in self.pristine[key].items()}
             if computed is None:
                 return _Result(together, reach, True, starts, math.inf)
             for name, array in computed.items():
                 if name not in budgets or not math.isfinite(budgets[name]):
                     continue
-                if array.shape != self.arrays[name].shape:
+                yours = self.arrays[name][sequences]
+                if array.shape != yours.shape:
                     return _Result(together, reach, True, starts, math.inf)
                 budget = max(budgets[name], _TINY)
-                change = measure.difference(array, self.golden_vectors.arrays[name])
+                change = measure.difference(array, self.golden_vectors.arrays[name][sequences])
                 starts |= name == self.first and change > budget
-                worst = max(worst, _distance(self.arrays[name], array) / budget)
+                worst = max(worst, _distance(yours, array) / budget)
                 if worst > _NEAR:
                     return _Result(together, reach, change > budget, starts, worst)
                 reach += 1
@@ -414,9 +425,16 @@ def _under(together: Together, compute: Callable[[], _T]) -> _T | None:
     with faults.applied(*together), np.errstate(all="ignore"):
         try:
             return compute()
-        except (ValueError, FloatingPointError, KeyError):
-            # Not finite; or, of two faults, one leaves out what the other looks for.
+        except (ArithmeticError, LookupError, TypeError, ValueError):
+            # Not finite; or, of two faults, one leaves out or shapes what the other looks for.
             return None
+
+
+def _of_one_sequence(golden_vectors: Golden) -> Stages:
+    """Return the forward pass of the second sequence of the batch, half of which is masked."""
+    batch = {name: array[1:2] for name, array in golden_vectors.batch.items()}
+    stages = golden.stages(golden_vectors.model, golden_vectors.params, batch)
+    return {"activations/": stages["activations/"]}
 
 
 def _entangled(together: Together) -> bool:
