@@ -9,6 +9,8 @@ import importlib.util
 import io
 import json
 import os
+import secrets
+import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,14 @@ from typing import Any
 import numpy as np
 
 from marref.trees import Array
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+TEMPORARY_PREFIX = ".marref-"
+"""How the names of temporary files begin."""
 
 _METADATA = "__metadata__"
 # The last two are arguments of numpy.savez_compressed; in NumPy 2.1, "file" alone.
@@ -39,26 +49,93 @@ _SAFETENSORS_DTYPES = {
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all, even if the process is killed or the power fails.
 
     Parameters
     ----------
     path : path
-        The file to make or replace; its folder must exist.
+        The file to make or replace; its folder must exist.  Of a symbolic link, where it leads.
 
     Yields
     ------
     pathlib.Path
         A temporary file beside it, with the same suffix, to be written instead.  When the block
-        ends it becomes ``path``; when the block raises it is removed and ``path`` stays as it was.
+        ends it becomes ``path``, with the mode that ``path`` had; when the block raises it is
+        removed and ``path`` stays as it was.  `remove_stale` removes what a killed process left.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written.
+    ValueError
+        There is something at ``path`` that is no regular file, such as a device or a folder.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{os.fspath(path)}: no regular file, expected one or nothing to replace")
     try:
-        yield temporary
-        os.replace(temporary, path)
+        with _temporary(target) as temporary:
+            yield temporary
+            if target.exists():
+                os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+            _sync(temporary)
+            os.replace(temporary, target)
+            if os.name == "posix":
+                _sync(target.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # such as that of a full disk
+            error.filename = os.fspath(path)
+        raise
+
+
+def remove_stale(folder: str | os.PathLike[str]) -> list[Path]:
+    """Remove the temporary files of `replacing` whose writers are dead.
+
+    Parameters
+    ----------
+    folder : path
+
+    Returns
+    -------
+    list of pathlib.Path
+        What was removed.  Nothing where there are no locks (Windows).
+    """
+    removed: list[Path] = []
+    if fcntl is None:
+        return removed
+    for path in sorted(Path(folder).glob(f"{TEMPORARY_PREFIX}*")):
+        with contextlib.suppress(OSError), locked(path):
+            path.unlink()
+            removed.append(path)
+    return removed
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a file or folder against everyone else who asks for it here, until the block ends.
+
+    The system lets go of it when the process ends, however it ends.  Without locks (Windows)
+    nothing is held.
+
+    Parameters
+    ----------
+    path : path
+        Must exist.
+
+    Raises
+    ------
+    OSError
+        There is no such path, or somebody else holds it (BlockingIOError).
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
 
 
 def check_suffix(argument: str, path: str | os.PathLike[str]) -> None:
@@ -162,6 +239,32 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, Any]
     except Exception as error:
         # Garbled bytes make zipfile, zlib, NumPy and safetensors raise errors of a dozen types.
         raise ValueError(f"{path}: cannot be read as arrays ({error!r})") from error
+
+
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """Make a file beside another, whose name no other thread, process or container makes.
+
+    It is locked until the block ends, which tells it from those of dead writers.
+    """
+    # A name has 255 bytes at most; a long suffix names no format.
+    suffix = target.suffix if len(os.fsencode(target.suffix)) <= 16 else ""
+    path = target.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{suffix}")
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        with locked(path):
+            yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    """Bring what is written to a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _read_npz(content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
