@@ -11,9 +11,10 @@ import json
 import os
 import secrets
 import stat
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
@@ -161,17 +162,25 @@ def check_suffix(argument: str, path: str | os.PathLike[str]) -> None:
         )
 
 
-def save(path: str | os.PathLike[str], arrays: dict[str, Array], metadata: dict[str, Any]) -> None:
+def save(
+    path: str | os.PathLike[str],
+    arrays: dict[str, Array],
+    metadata: dict[str, Any],
+    *,
+    compressed: bool = True,
+) -> None:
     """Write named arrays and metadata to one file, the same bytes for the same content.
 
     Parameters
     ----------
     path : path
-        Ends in ``.safetensors``: that format (extra ``interop``).  Otherwise ``.npz``, compressed.
+        Ends in ``.safetensors``: that format (extra ``interop``).  Otherwise ``.npz``.
     arrays : dict of str to array
         Of numbers or booleans.
     metadata : dict
         Whatever JSON can hold.
+    compressed : bool
+        Of ``.npz``.  Parameters hardly shrink, and take many times as long to compress.
 
     Raises
     ------
@@ -199,10 +208,12 @@ def save(path: str | os.PathLike[str], arrays: dict[str, Array], metadata: dict[
     else:
         members: dict[str, Any] = {**arrays, _METADATA: np.frombuffer(text.encode(), np.uint8)}
         with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **members)
+            (np.savez_compressed if compressed else np.savez)(file, **members)
 
 
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, Any]]:
+def load(
+    path: str | os.PathLike[str], *, max_bytes: int | None = None
+) -> tuple[dict[str, Array], dict[str, Any]]:
     """Read named arrays and metadata: what `save` wrote, or others with the same tools.
 
     Parameters
@@ -210,6 +221,8 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, Any]
     path : path
         A ``.safetensors`` file (extra ``interop``), an ``.npz`` file, or a folder of ``.npy``
         files, whose names are their paths within it.
+    max_bytes : int, optional
+        A file that holds more, or claims to hold more once it is inflated, is not read.
 
     Returns
     -------
@@ -224,13 +237,16 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, Any]
     OSError
         The file cannot be opened.
     ValueError
-        It cannot be read: truncated, garbled, of another format, or with pickled objects.
+        It cannot be read: truncated, garbled, of another format, with pickled objects, or larger
+        than ``max_bytes``.
     ImportError
         safetensors is not installed.
     """
     path = Path(path)
     is_folder = path.is_dir()
     is_safetensors = not is_folder and _is_safetensors(path)
+    if max_bytes is not None and not is_folder:
+        _check_size(path, max_bytes)
     content = b"" if is_folder else path.read_bytes()
     try:
         if is_folder:
@@ -267,6 +283,71 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def load_metadata(path: str | os.PathLike[str], *, max_bytes: int) -> dict[str, Any]:
+    """Read the metadata of a file of `save`, and nothing else of it.
+
+    Parameters
+    ----------
+    path : path
+        A ``.safetensors`` or ``.npz`` file.
+    max_bytes : int
+        Longer metadata are not read.
+
+    Returns
+    -------
+    dict
+        Empty where the file has none.
+
+    Raises
+    ------
+    OSError
+        The file cannot be opened.
+    ValueError
+        It cannot be read, or its metadata are longer.
+    ImportError
+        safetensors is not installed.
+    """
+    path = Path(path)
+    of_format = _safetensors_metadata if _is_safetensors(path) else _npz_metadata
+    with path.open("rb") as file:
+        try:
+            return of_format(file, max_bytes)
+        except Exception as error:  # As in `load`.
+            raise ValueError(f"{path}: cannot be read as arrays ({error!r})") from error
+
+
+def _npz_metadata(file: IO[bytes], max_bytes: int) -> dict[str, Any]:
+    with zipfile.ZipFile(file) as archive:
+        name = f"{_METADATA}.npy"
+        if name not in archive.namelist():
+            return {}
+        _check_length(archive.getinfo(name).file_size, max_bytes)
+        with archive.open(name) as member:
+            return _parsed(np.lib.format.read_array(member, allow_pickle=False).tobytes())
+
+
+def _safetensors_metadata(file: IO[bytes], max_bytes: int) -> dict[str, Any]:
+    length = int.from_bytes(file.read(8), "little")
+    _check_length(length, max_bytes)
+    text = json.loads(file.read(length)).get(_METADATA, {}).get(_SAFETENSORS_KEY)
+    return {} if text is None else _parsed(text)
+
+
+def _check_length(length: int, max_bytes: int) -> None:
+    if length > max_bytes:
+        raise ValueError(f"metadata of {length:,} bytes, expected at most {max_bytes:,}")
+
+
+def _check_size(path: Path, max_bytes: int) -> None:
+    """Raise if a file is larger than a bound, or says that it becomes so when it is inflated."""
+    size = path.stat().st_size
+    if size <= max_bytes and not _is_safetensors(path):
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    if size > max_bytes:
+        raise ValueError(f"{path}: holds {size:,} bytes, expected at most {max_bytes:,}")
+
+
 def _read_npz(content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
     loaded = np.load(io.BytesIO(content), allow_pickle=False)
     if isinstance(loaded, np.ndarray):
@@ -300,9 +381,7 @@ def _read_safetensors(content: bytes) -> tuple[dict[str, Array], dict[str, Any]]
         else:
             flat = np.frombuffer(tensor["data"], _SAFETENSORS_DTYPES[tensor["dtype"]])
         arrays[name] = flat.reshape(tensor["shape"])
-    length = int.from_bytes(content[:8], "little")
-    text = json.loads(content[8 : 8 + length]).get(_METADATA, {}).get(_SAFETENSORS_KEY)
-    return arrays, metadata if text is None else {**metadata, **_parsed(text)}
+    return arrays, {**metadata, **_safetensors_metadata(io.BytesIO(content), len(content))}
 
 
 def _read_folder(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:
