@@ -116,6 +116,16 @@ def token_ids(
     return tokens
 
 
+def no_mask_token(argument: str, tokens: Array, mask_token_id: int) -> None:
+    """Raise, with the place of the first, if data hold the id that hides tokens."""
+    bad = tokens == mask_token_id
+    if bad.any():
+        raise ValueError(
+            f"{argument}: id {mask_token_id}, [MASK], at {_written(_first(bad))}: data must not "
+            "hold it"
+        )
+
+
 def binary_mask(argument: str, value: npt.ArrayLike, expected: tuple[int, ...]) -> Array:
     """Return ``value``, of booleans or of 0 and 1, as booleans of the expected shape."""
     mask = array(argument, value)

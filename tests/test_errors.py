@@ -207,6 +207,16 @@ BAD_CALLS = {
     "tokens: shape [0, 3], expected at least one sequence": lambda: training.bits_per_token(
         MODEL, TOKENS[:0], 0.5, RNG
     ),
+    "tokens: id 1, [MASK], at [0, 0]: data must not hold it": train(mask_token_id=1),
+    "tokens: id 0, [MASK], at [1, 2]: data must not hold it": lambda: training.train(
+        MODEL, PARAMS, [[1, 1, 1], [1, 1, 0]], num_steps=2, batch_size=2, learning_rate=0.1, rng=RNG
+    ),
+    "tokens: id 0, [MASK], at [0, 3]: data must not hold it": lambda: training.bits_per_token(
+        MODEL, [[1, 1, 1, 0]], 0.5, RNG
+    ),
+    "tokens: id 3, [MASK], at [0, 1]: data must not hold it": lambda: training.bits_per_token(
+        MODEL, [[0, 3, 3]], 0.5, RNG, mask_token_id=3
+    ),
     # Schedules.
     "num_masked: received -1": lambda: schedules.cosine(-1, 4),
     "num_steps: received 0, expected": lambda: schedules.linear(4, 0),

@@ -29,6 +29,7 @@ def bits_per_token(
         Masked tokens [batch, length] to logits [batch, length, vocab_size]; for a model,
         ``functools.partial(marref.fast.logits, model, params)``.
     tokens : integer array [num_sequences, length]
+        Without ``mask_token_id``.
     ratio : float
         In [0, 1]; every sequence has the same number of masked positions.
     rng : numpy.random.Generator
@@ -51,6 +52,7 @@ def bits_per_token(
     targets = checks.token_ids("tokens", tokens, np.iinfo(np.int64).max)
     if len(targets) == 0:
         raise ValueError(f"tokens: shape {list(targets.shape)}, expected at least one sequence")
+    checks.no_mask_token("tokens", targets, mask_token_id)
     masked, mask = mask_tokens(targets, ratio, rng, mask_token_id)
     nats = 0.0
     for start in range(0, len(targets), batch_size):

@@ -73,7 +73,7 @@ def train(
     params : dict
         Where to start; not written to.
     tokens : integer array [num_sequences, length]
-        The data.
+        The data, without ``mask_token_id``.
     num_steps, batch_size : int
     learning_rate : float
         The peak, reached after ``warmup_steps``; see `marref.optim.warmup_cosine`.
@@ -114,6 +114,7 @@ def train(
     checks.integer("warmup_steps", warmup_steps, 0, num_steps - 1)
     checks.choice("mask_schedule", mask_schedule, masking.SCHEDULES)
     checks.integer("mask_token_id", mask_token_id, 0, model.vocab_size - 1)
+    checks.no_mask_token("tokens", tokens, mask_token_id)
     checks.generator("rng", rng)
     if num_threads is not None:
         checks.integer("num_threads", num_threads, 1)
