@@ -104,6 +104,7 @@ def test_a_step_is_what_its_options_say(decay):
         warmup_steps=2,
         average_decay=0.75,
         max_norm=0.05,
+        label_smoothing=0.2,
         mask_schedule="cosine",
         seed=9,
     ).resolved(DATASET)
@@ -118,7 +119,13 @@ def test_a_step_is_what_its_options_say(decay):
         ratios = marref.sample_mask_ratio(rng, "cosine", size=4)
         inputs, mask = marref.mask_tokens(targets, ratios, rng)
         loss, grads = marref.model.loss_and_grads(
-            model, params, inputs, targets, mask, chance.generator(9, "dropout", number, 0)
+            model,
+            params,
+            inputs,
+            targets,
+            mask,
+            chance.generator(9, "dropout", number, 0),
+            label_smoothing=0.2,
         )
         grads, norm = optim.clip_by_global_norm(grads, 0.05)
         assert norm > 0.05

@@ -79,6 +79,8 @@ class Config:
         nor norms (as nanoGPT's ``configure_optimizers``), or everything (PyTorch's one group).
     max_norm : float
         See `marref.optim.clip_by_global_norm`.
+    label_smoothing : float
+        See `marref.loss.uniform`.
     average_decay : float, optional
         d of the average of the parameters, a ← d a + (1 - d) θ after every step, which starts at
         the initial parameters: after n steps these still have the weight dⁿ in it.  0: no average.
@@ -121,6 +123,7 @@ class Config:
     weight_decay: float = 0.1
     decay: str = "matrices"
     max_norm: float = 1.0
+    label_smoothing: float = 0.0
     average_decay: float | None = None
     mask_schedule: str = "uniform"
     mask_per: str = "sequence"
@@ -150,6 +153,7 @@ class Config:
             ("learning_rate", "(0, inf)"),
             ("weight_decay", "[0, inf)"),
             ("max_norm", "(0, inf)"),
+            ("label_smoothing", "[0, 1)"),
             ("average_decay", "[0, 1)"),
             ("validation_fraction", "[0, 1)"),
         ):

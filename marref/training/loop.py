@@ -262,7 +262,14 @@ def _loss_and_grads(
         inputs, targets, mask = (array[rows] for array in batch)
         rng = chance.generator(config.seed, "dropout", number, part)
         part_loss, grads = loss_and_grads(
-            model, params, inputs, targets, mask, rng, num_threads=config.num_threads
+            model,
+            params,
+            inputs,
+            targets,
+            mask,
+            rng,
+            label_smoothing=config.label_smoothing,
+            num_threads=config.num_threads,
         )
         share = int(mask.sum()) / int(batch.mask.sum())
         loss += share * float(part_loss)
