@@ -233,6 +233,16 @@ def test_a_truncated_or_garbled_file_is_one_clear_error(trained, tmp_path):
             marref.load_model(path)
 
 
+def test_a_model_that_would_inflate_beyond_its_parameters_is_not_read(trained, tmp_path):
+    path = tmp_path / "model.npz"
+    marref.save_model(path, *trained)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.npy", bytes(20 * 2**20))
+    assert path.stat().st_size < 2**17
+    with pytest.raises(ValueError, match=r"holds 2\d,\d{3},\d{3} bytes, expected at most"):
+        marref.load_model(path)
+
+
 def test_nothing_is_unpickled(tmp_path):
     class Bomb:
         def __reduce__(self):

@@ -21,6 +21,7 @@ import numpy as np
 from marref import checks, files, trees
 from marref.training.config import Config
 from marref.training.loop import State
+from marref.training.models import num_parameters
 from marref.trees import Array
 
 FORMAT = "marref-checkpoint-1"
@@ -106,17 +107,16 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             raise ValueError(f"format {metadata.get('format')!r}, expected {FORMAT!r}")
         config = Config.from_dict(metadata["config"])
         step = checks.integer("step", metadata["step"], 0, config.num_steps)
-        shapes = config.model(metadata["vocab_size"]).parameter_shapes
+        model = config.model(metadata["vocab_size"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: is no checkpoint ({error})") from error
-    num_parameters = sum(int(np.prod(shape)) for shape in shapes.values())
     parts = 4 if config.average_decay else 3
-    size = parts * num_parameters * np.dtype(config.dtype).itemsize
+    size = parts * num_parameters(model) * np.dtype(config.dtype).itemsize
     arrays, metadata = files.load(path, max_bytes=size + _OVERHEAD)
     if _checksum(arrays, metadata) != metadata.pop("checksum", None):
         raise ValueError(f"{path}: is damaged (its checksum is that of other content)")
     try:
-        state = _state(arrays, step, shapes, config)
+        state = _state(arrays, step, model.parameter_shapes, config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     return Checkpoint(step, state, config, metadata["vocab_size"], metadata["codec"])

@@ -1,12 +1,16 @@
 """A model and its parameters on disk."""
 
 import dataclasses
+import math
 import os
 from typing import Any
 
 from marref import files, trees
 from marref.model import MAR, check_model
 from marref.trees import Tree
+
+# Of a file beside its parameters: names, headers, the model.
+_OVERHEAD = 2**24
 
 
 def save_model(path: str | os.PathLike[str], model: MAR, params: Tree) -> None:
@@ -46,16 +50,26 @@ def load_model(path: str | os.PathLike[str]) -> tuple[MAR, Tree]:
     OSError
         The file cannot be opened.
     ValueError
-        It holds no model, or parameters that do not fit it.
+        It holds no model, or parameters that do not fit it; if they would inflate to more than
+        its parameters need, they are not read.
     """
-    leaves, metadata = files.load(path)
-    config: Any = metadata.get("model")
+    config: Any = files.load_metadata(path, max_bytes=_OVERHEAD).get("model")
     if not isinstance(config, dict):
         raise ValueError(f"{path}: the metadata hold no model")
     try:
         model = MAR(**config)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {error}") from error
+    complex_size = 16
+    leaves, _ = files.load(path, max_bytes=complex_size * num_parameters(model) + _OVERHEAD)
+    try:
         params = trees.unflatten(leaves)
         trees.check_like("params", params, model.parameter_shapes)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     return model, params
+
+
+def num_parameters(model: MAR) -> int:
+    """Count the numbers in a model's parameters."""
+    return sum(math.prod(shape) for shape in model.parameter_shapes.values())
