@@ -74,19 +74,34 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = Path(os.path.realpath(path))
     if target.exists() and not target.is_file():
         raise ValueError(f"{os.fspath(path)}: no regular file, expected one or nothing to replace")
+    with naming(path), _temporary(target) as temporary:
+        yield temporary
+        if target.exists():
+            os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+        sync(temporary)
+        os.replace(temporary, target)
+        if os.name == "posix":
+            sync(target.parent)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Put a file's name into errors of the system that have none, such as that of a full disk."""
     try:
-        with _temporary(target) as temporary:
-            yield temporary
-            if target.exists():
-                os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
-            _sync(temporary)
-            os.replace(temporary, target)
-            if os.name == "posix":
-                _sync(target.parent)
+        yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # such as that of a full disk
+        if error.errno is not None and error.filename is None:
             error.filename = os.fspath(path)
         raise
+
+
+def sync(path: Path) -> None:
+    """Bring what was written to a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def remove_stale(folder: str | os.PathLike[str]) -> list[Path]:
@@ -272,15 +287,6 @@ def _temporary(target: Path) -> Iterator[Path]:
             yield path
     finally:
         path.unlink(missing_ok=True)
-
-
-def _sync(path: Path) -> None:
-    """Bring what is written to a file, or a folder's list of names, to the disk."""
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def load_metadata(path: str | os.PathLike[str], *, max_bytes: int) -> dict[str, Any]:

@@ -205,7 +205,7 @@ def test_a_run_leaves_its_options_its_history_and_its_checkpoints(whole):
 
 def test_the_best_by_validation_is_kept(tmp_path, monkeypatch):
     bits = iter([5.0, 2.0, 3.0, 4.0])
-    monkeypatch.setattr(runs, "_validation_bits", lambda job, state: next(bits))
+    monkeypatch.setattr(runs, "_validation_bits", lambda *_: next(bits))
     runs.start(DATASET, tmp_path, changed(keep=1))
     assert sorted(checkpoints.found(tmp_path / "checkpoints")) == [6, 12]
 
@@ -285,6 +285,24 @@ def test_a_killed_run_that_forgot_something_would_be_seen(whole, tmp_path, monke
         assert_same_state(run.state, whole[1].state)
     names = killed.differences(tmp_path / "x", whole[0])
     assert any(name.startswith(os.path.join("checkpoints", "00000012")) for name in names)
+
+
+def test_a_kill_between_a_checkpoint_and_the_removal_of_an_old_one_leaves_none(
+    whole, tmp_path, monkeypatch
+):
+    clean = checkpoints.clean
+
+    def killed_at_the_end(folder, keep, *, best):
+        if 12 in checkpoints.found(folder):
+            raise KeyboardInterrupt
+        clean(folder, keep, best=best)
+
+    monkeypatch.setattr(checkpoints, "clean", killed_at_the_end)
+    with pytest.raises(KeyboardInterrupt):
+        runs.start(DATASET, tmp_path, changed(keep=1))
+    monkeypatch.setattr(checkpoints, "clean", clean)
+    runs.resume(tmp_path, DATASET)
+    assert len(checkpoints.found(tmp_path / "checkpoints")) <= 2
 
 
 # What stops a run.
@@ -387,6 +405,19 @@ def test_a_full_disk_leaves_the_last_checkpoint_from_which_the_run_goes_on(
     monkeypatch.setattr(os, "fsync", fsync)
     assert 0 < max(checkpoints.found(tmp_path / "checkpoints")) < 12
     assert_same_state(runs.resume(tmp_path, DATASET).state, whole[1].state)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_a_history_that_cannot_be_written_is_an_error_that_names_it(tmp_path):
+    history = tmp_path / "history.csv"
+
+    def on_step(record):
+        if record.step == 5:
+            history.unlink()
+            history.symlink_to("/dev/full")
+
+    with pytest.raises(OSError, match=r"No space left on device: '.*history\.csv'"):
+        runs.start(DATASET, tmp_path, CONFIG, on_step=on_step)
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_training(tmp_path, monkeypatch):

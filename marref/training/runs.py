@@ -246,22 +246,24 @@ def _go_on(job: _Job, on_step: Callable[[RunRecord], None] | None) -> Run:
     checkpoints.remove_after(job.checkpoints, first)
     state = loop.init(job.config, job.model) if newest is None else newest.state
     history = _shortened_history(job.history, first)
-    with _signals() as received, job.history.open("a", encoding="utf-8") as file:
+    # A kill may have come between a checkpoint and the removal of an old one.
+    checkpoints.clean(job.checkpoints, job.config.keep, best=_best(history))
+    with _signals() as received:
         for number in range(first, job.config.num_steps):
             with _advice(job):
                 state, record = _step(job, state, number)
                 history.append(record)
-                _write_line(file, dataclasses.astuple(record))
+                _append(job.history, record)
                 saved = _is_due(job.config, history)
                 if saved:
-                    _save(job, state, history, file)
+                    _save(job, state, history)
             try:
                 if on_step is not None:
                     on_step(record)
                 _stop_if_asked(received, record.step)
             except (KeyboardInterrupt, SystemExit):
                 if not saved:
-                    _save(job, state, history, file)
+                    _save(job, state, history)
                 raise
     if importlib.util.find_spec("matplotlib"):
         from marref import plots
@@ -275,19 +277,18 @@ def _step(job: _Job, state: State, number: int) -> tuple[State, RunRecord]:
     state, record = loop.step(job.config, job.model, job.train, state, number)
     bits = None
     if job.held_out is not None and _is_multiple(job.config, number + 1, "validate_every"):
-        bits = _validation_bits(job, state)
+        bits = _validation_bits(job, job.held_out, state)
     return state, RunRecord(**vars(record), validation_bits=bits)
 
 
-def _validation_bits(job: _Job, state: State) -> float:
-    assert job.held_out is not None
+def _validation_bits(job: _Job, held_out: Array, state: State) -> float:
     predict = functools.partial(
         fast.logits, job.model, state.averaged, num_threads=job.config.num_threads
     )
     bits = [
         bits_per_token(
             predict,
-            job.held_out,
+            held_out,
             ratio,
             chance.generator(job.config.seed, "validation", index),
             batch_size=job.config.batch_size,
@@ -304,8 +305,9 @@ def _is_multiple(config: Config, step: int, option: str) -> bool:
 
 def _is_due(config: Config, history: list[RunRecord]) -> bool:
     """Whether a checkpoint is: every so often, at the end, and of what is best so far."""
-    step = history[-1].step
-    return _is_multiple(config, step, "checkpoint_every") or step == _best(history)
+    record = history[-1]
+    is_best = record.validation_bits is not None and record.step == _best(history)
+    return is_best or _is_multiple(config, record.step, "checkpoint_every")
 
 
 def _best(history: list[RunRecord]) -> int | None:
@@ -318,11 +320,12 @@ def _best(history: list[RunRecord]) -> int | None:
     return min(validated)[1] if validated else None
 
 
-def _save(job: _Job, state: State, history: list[RunRecord], file: TextIO) -> None:
+def _save(job: _Job, state: State, history: list[RunRecord]) -> None:
     """Write a checkpoint after the lines of the history that lead to it; remove old ones."""
     for name, leaf in trees.flatten(state.params).items():
         checks.finite(name, leaf)
-    os.fsync(file.fileno())
+    with files.naming(job.history):
+        files.sync(job.history)
     step = history[-1].step
     checkpoints.save(
         job.checkpoints, Checkpoint(step, state, job.config, job.model.vocab_size, job.codec)
@@ -396,10 +399,10 @@ def _shortened_history(path: Path, last: int) -> list[RunRecord]:
     if path.exists():
         with path.open(encoding="utf-8", errors="replace", newline="") as file:
             records = list(_records(file, last))
-    with files.replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        _write_line(file, [field.name for field in dataclasses.fields(RunRecord)])
-        for record in records:
-            _write_line(file, dataclasses.astuple(record))
+    columns = [field.name for field in dataclasses.fields(RunRecord)]
+    lines = [_line(columns), *(_line(dataclasses.astuple(record)) for record in records)]
+    with files.replacing(path) as temporary:
+        temporary.write_text("".join(lines), "utf-8", newline="")
     return records
 
 
@@ -420,7 +423,11 @@ def _records(file: TextIO, last: int) -> Iterator[RunRecord]:
         yield record
 
 
-def _write_line(file: TextIO, values: Iterable[Any]) -> None:
-    """Write a line at once, so that a kill leaves whole lines."""
-    file.write(",".join("" if value is None else str(value) for value in values) + "\n")
-    file.flush()
+def _append(path: Path, record: RunRecord) -> None:
+    """Add a line at once, so that a kill leaves whole lines."""
+    with files.naming(path), path.open("a", encoding="utf-8", newline="") as file:
+        file.write(_line(dataclasses.astuple(record)))
+
+
+def _line(values: Iterable[Any]) -> str:
+    return ",".join("" if value is None else str(value) for value in values) + "\n"
