@@ -301,8 +301,25 @@ def test_a_kill_between_a_checkpoint_and_the_removal_of_an_old_one_leaves_none(
     with pytest.raises(KeyboardInterrupt):
         runs.start(DATASET, tmp_path, changed(keep=1))
     monkeypatch.setattr(checkpoints, "clean", clean)
-    runs.resume(tmp_path, DATASET)
-    assert len(checkpoints.found(tmp_path / "checkpoints")) <= 2
+    history = runs.resume(tmp_path, DATASET).history
+    best = min((r.validation_bits, r.step) for r in history if r.validation_bits is not None)[1]
+    assert set(checkpoints.found(tmp_path / "checkpoints")) == {12, best}
+
+
+def test_the_history_is_on_the_disk_before_the_checkpoint_that_it_leads_to(tmp_path, monkeypatch):
+    synced, fsync, save = [], os.fsync, checkpoints.save
+
+    def syncs(handle):
+        synced.append(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def saves(*args):
+        assert synced[-1] == (tmp_path / "history.csv").stat().st_ino
+        return save(*args)
+
+    monkeypatch.setattr(os, "fsync", syncs)
+    monkeypatch.setattr(checkpoints, "save", saves)
+    runs.start(DATASET, tmp_path, CONFIG)
 
 
 # What stops a run.
@@ -458,10 +475,14 @@ def test_with_a_damaged_checkpoint_a_run_goes_on_from_the_one_before(whole, tmp_
     content = bytearray(newest.read_bytes())
     content[-9] ^= 1
     newest.write_bytes(content if harm == "flipped" else content[:-9])
-    seen = []
+    newest_at = {}
+
+    def on_step(record):
+        newest_at[record.step] = max(checkpoints.found(tmp_path / "checkpoints"))
+
     with pytest.warns(RuntimeWarning, match=rf"{newest.name}.*; using the one before it"):
-        run = runs.resume(tmp_path, DATASET, on_step=seen.append)
-    assert seen[0].step == 7
+        run = runs.resume(tmp_path, DATASET, on_step=on_step)
+    assert newest_at[min(newest_at)] < min(newest_at) <= 7
     assert_same_state(run.state, whole[1].state)
     assert without_speed(run.history) == without_speed(whole[1].history)
 

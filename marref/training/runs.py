@@ -410,8 +410,6 @@ def _records(file: TextIO, last: int) -> Iterator[RunRecord]:
     """Read lines up to a step, or to the first that was not written whole."""
     next(file, None)
     for line in file:
-        if not line.endswith("\n"):
-            return
         try:
             step, loss, norm, rate, speed, bits = line.rstrip("\n").split(",")
             numbers = float(loss), float(norm), float(rate), float(speed)
