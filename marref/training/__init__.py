@@ -5,15 +5,24 @@ a run that was stopped goes on.  Page: docs/training.md.
 """
 
 from marref.training import checkpoints, runs
-from marref.training.evaluation import bits_per_token, position_log_frequencies
+from marref.training.evaluation import (
+    Estimate,
+    any_order_bits,
+    bits_per_token,
+    masked_bits,
+    position_log_frequencies,
+)
 from marref.training.loop import StepRecord, train
 from marref.training.models import load_model, save_model
 
 __all__ = [
+    "Estimate",
     "StepRecord",
+    "any_order_bits",
     "bits_per_token",
     "checkpoints",
     "load_model",
+    "masked_bits",
     "position_log_frequencies",
     "runs",
     "save_model",

@@ -18,14 +18,15 @@ import json
 import os
 import signal
 import threading
+import warnings
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from marref import chance, checks, fast, files, trees
+from marref import chance, checks, data, fast, files, trees
 from marref.model import MAR
 from marref.training import checkpoints, loop
 from marref.training.checkpoints import Checkpoint
@@ -34,7 +35,17 @@ from marref.training.evaluation import bits_per_token
 from marref.training.loop import State, StepRecord
 from marref.trees import Array
 
-__all__ = ["Config", "Run", "RunRecord", "resume", "start"]
+__all__ = [
+    "Config",
+    "Run",
+    "RunRecord",
+    "best",
+    "read_dataset",
+    "read_settings",
+    "resume",
+    "spread",
+    "start",
+]
 
 FORMAT = "marref-run-1"
 VALIDATION_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -81,6 +92,7 @@ def start(
     out: str | os.PathLike[str],
     config: Config | None = None,
     *,
+    source: Sequence[str] | None = None,
     on_step: Callable[[RunRecord], None] | None = None,
 ) -> Run:
     """Train on a dataset into a new folder.
@@ -93,6 +105,8 @@ def start(
         Made if missing; must hold no run yet.
     config : Config, optional
         By default what `Config` says.
+    source : sequence of str, optional
+        Where the data lie; kept in config.json for `read_dataset`, and not compared.
     on_step : callable, optional
         Called with the record of every step, as it ends; may raise KeyboardInterrupt to stop.
 
@@ -118,7 +132,10 @@ def start(
         if job.settings.exists() or checkpoints.found(job.checkpoints):
             raise ValueError(f"{job.out}: holds a run already; resume it or choose another folder")
         with files.replacing(job.settings) as temporary:
-            temporary.write_text(json.dumps(_described(job, dataset), indent=2) + "\n", "utf-8")
+            described = _described(job, dataset)
+            if source is not None:
+                described["source"] = list(source)
+            temporary.write_text(json.dumps(described, indent=2) + "\n", "utf-8")
         return _go_on(job, on_step)
 
 
@@ -159,7 +176,7 @@ def resume(
     RuntimeWarning
         The newest checkpoint is damaged, and the one before it is used.
     """
-    settings = _read_settings(Path(out) / "config.json")
+    settings = read_settings(out)
     job = _job(dataset, Path(out), Config.from_dict(settings["config"]))
     for name, found in _described(job, dataset).items():
         if found != settings.get(name):
@@ -168,6 +185,123 @@ def resume(
             )
     with _alone(job.out):
         return _go_on(job, on_step)
+
+
+def read_settings(out: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a run's config.json.
+
+    Parameters
+    ----------
+    out : path
+        The folder of `start`.
+
+    Returns
+    -------
+    dict
+        ``config``, ``vocab_size``, ``codec``, ``data`` and, if it was told, ``source``.
+
+    Raises
+    ------
+    ValueError
+        The folder holds no run, or its config.json is damaged.
+    """
+    path = Path(out) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{path.parent}: holds no run, since it has no {path.name}")
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is no JSON ({error})") from error
+    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
+        raise ValueError(f"{path}: is no {FORMAT}")
+    return settings
+
+
+def read_dataset(out: str | os.PathLike[str], source: Sequence[str] | None = None) -> data.Dataset:
+    """Read data as those that a run was trained on: the same ids, in sequences of one length.
+
+    Parameters
+    ----------
+    out : path
+        The folder of `start`.
+    source : sequence of str, optional
+        See `marref.data.load`; by default that of the run.
+
+    Returns
+    -------
+    marref.data.Dataset
+
+    Raises
+    ------
+    OSError, TypeError, ValueError, ImportError
+        There is no run, it does not say where its data lie, or they cannot be read.
+    """
+    settings = read_settings(out)
+    source = source or settings.get("source")
+    if not source:
+        raise ValueError(f"{os.fspath(out)}: does not say where its data lie, expected them named")
+    return data.load(
+        source[0] if len(source) == 1 else source,
+        codec=data.codec_from_dict(settings["codec"]),
+        length=settings["data"]["length"],
+    )
+
+
+def best(out: str | os.PathLike[str]) -> Checkpoint:
+    """Read the checkpoint of a run to sample with.
+
+    Parameters
+    ----------
+    out : path
+        The folder of `start`.
+
+    Returns
+    -------
+    Checkpoint
+        The best by validation; the newest where none was validated or the best is damaged.
+
+    Raises
+    ------
+    ValueError
+        There is no run, no checkpoint yet, or all are damaged.
+
+    Warns
+    -----
+    RuntimeWarning
+        A checkpoint is damaged, and another is used.
+    """
+    read_settings(out)
+    folder = Path(out) / "checkpoints"
+    found = checkpoints.found(folder)
+    if not found:
+        raise ValueError(f"{os.fspath(out)}: has no checkpoint yet")
+    history = _read_history(Path(out) / "history.csv", max(found))
+    step = _best([record for record in history if record.step in found])
+    if step is not None:
+        try:
+            return checkpoints.load(found[step])
+        except ValueError as error:
+            warnings.warn(f"{error}; using the newest", RuntimeWarning, stacklevel=2)
+    newest = checkpoints.latest(folder)
+    assert newest is not None
+    return newest
+
+
+def spread(dataset: Dataset, count: int) -> Array:
+    """Take sequences that are evenly spread over the data.
+
+    Parameters
+    ----------
+    dataset : Dataset
+    count : int
+        At most; all if there are fewer.
+
+    Returns
+    -------
+    int64 array [count, length]
+    """
+    places = np.linspace(0, len(dataset) - 1, min(len(dataset), count))
+    return dataset.rows(places.astype(np.int64))
 
 
 class _Job(NamedTuple):
@@ -198,19 +332,13 @@ def _job(dataset: Dataset, out: Path, config: Config) -> _Job:
     train, held_out = dataset, None
     if config.validation_fraction:
         train, validation = dataset.split(config.validation_fraction, config.seed)
-        held_out = _spread(validation, _VALIDATION_SEQUENCES)
+        held_out = spread(validation, _VALIDATION_SEQUENCES)
     return _Job(out, config, model, train, held_out, dataset.codec.as_dict())
-
-
-def _spread(dataset: Dataset, count: int) -> Array:
-    """Take sequences that are evenly spread over the data."""
-    places = np.linspace(0, len(dataset) - 1, min(len(dataset), count))
-    return dataset.rows(places.astype(np.int64))
 
 
 def _described(job: _Job, dataset: Dataset) -> dict[str, Any]:
     """Describe a run as config.json holds it: what must be the same when it goes on."""
-    sample = _spread(dataset, 64)
+    sample = spread(dataset, 64)
     data = {
         "count": len(dataset),
         "length": dataset.length,
@@ -223,18 +351,6 @@ def _described(job: _Job, dataset: Dataset) -> dict[str, Any]:
         "codec": job.codec,
         "data": data,
     }
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise ValueError(f"{path.parent}: holds no run, since it has no {path.name}")
-    try:
-        settings = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is no JSON ({error})") from error
-    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
-        raise ValueError(f"{path}: is no {FORMAT}")
-    return settings
 
 
 def _go_on(job: _Job, on_step: Callable[[RunRecord], None] | None) -> Run:
@@ -393,12 +509,17 @@ def _stop_if_asked(received: list[int], step: int) -> None:
         raise KeyboardInterrupt(f"stopped after step {step}, from which resume goes on")
 
 
+def _read_history(path: Path, last: int) -> list[RunRecord]:
+    """Read the history up to a step."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        return list(_records(file, last))
+
+
 def _shortened_history(path: Path, last: int) -> list[RunRecord]:
     """Read the history up to a step, and cut off what is behind it."""
-    records: list[RunRecord] = []
-    if path.exists():
-        with path.open(encoding="utf-8", errors="replace", newline="") as file:
-            records = list(_records(file, last))
+    records = _read_history(path, last)
     columns = [field.name for field in dataclasses.fields(RunRecord)]
     lines = [_line(columns), *(_line(dataclasses.astuple(record)) for record in records)]
     with files.replacing(path) as temporary:
