@@ -5,6 +5,11 @@ from typing import Any
 
 from marref.cli import arguments
 
+_EXAMPLES = arguments.examples(
+    "marref check",
+    "marref check --seed 1",
+)
+
 
 def add(commands: Any) -> None:
     """Add the command to the parser's."""
@@ -12,6 +17,7 @@ def add(commands: Any) -> None:
         "check",
         help="hold every gradient to numerical derivatives",
         description="Hold every gradient to complex-step derivatives and central differences.",
+        epilog=_EXAMPLES,
     )
     check.add_argument("--seed", type=arguments.not_negative, default=0, help="default: 0")
     check.set_defaults(run=_run)

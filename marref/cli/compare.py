@@ -5,6 +5,13 @@ import sys
 import time
 from typing import Any
 
+from marref.cli import arguments
+
+_EXAMPLES = arguments.examples(
+    "marref compare golden.npz yours.npz --diagnose",
+    "marref compare tiny yours --dtype bf16-mixed --names auto",
+)
+
 
 def add(commands: Any) -> None:
     """Add the command to the parser's."""
@@ -12,6 +19,7 @@ def add(commands: Any) -> None:
         "compare",
         help="find where an implementation first differs from golden vectors",
         description="Compare arrays with golden vectors, within derived budgets of rounding.",
+        epilog=_EXAMPLES,
     )
     compare.add_argument("golden", help="golden vectors: a file, or tiny, which ships")
     compare.add_argument(

@@ -7,6 +7,11 @@ from typing import Any
 
 from marref.cli import arguments
 
+_EXAMPLES = arguments.examples(
+    "marref demo",
+    "marref demo --quick --out digits",
+)
+
 
 def add(commands: Any) -> None:
     """Add the command to the parser's."""
@@ -14,6 +19,7 @@ def add(commands: Any) -> None:
         "demo",
         help="train on 8x8 digits and generate new ones",
         description="Train on 8x8 digits, measure on held-out ones, and generate new ones.",
+        epilog=_EXAMPLES,
     )
     demo.add_argument("--steps", type=arguments.positive, help="number of training steps")
     demo.add_argument("--seed", type=arguments.not_negative, default=0, help="default: 0")

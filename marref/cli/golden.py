@@ -8,6 +8,12 @@ from typing import Any
 
 from marref.cli import arguments
 
+_EXAMPLES = arguments.examples(
+    "marref golden golden.npz",
+    'marref golden golden.safetensors --config \'{"gelu": "tanh"}\'',
+    "marref golden own.npz --params model.safetensors --names torch",
+)
+
 
 def add(commands: Any) -> None:
     """Add the command to the parser's."""
@@ -15,6 +21,7 @@ def add(commands: Any) -> None:
         "golden",
         help="write golden vectors for another implementation",
         description="Write everything that it takes to check an implementation to one file.",
+        epilog=_EXAMPLES,
     )
     golden.add_argument(
         "out", help="file to write: .safetensors or .npz; with --where: tiny, which ships"

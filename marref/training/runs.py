@@ -214,6 +214,10 @@ def read_settings(out: str | os.PathLike[str]) -> dict[str, Any]:
         raise ValueError(f"{path}: is no JSON ({error})") from error
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:
         raise ValueError(f"{path}: is no {FORMAT}")
+    data_told = settings.get("data")
+    if not isinstance(data_told, dict) or not {"config", "codec"} <= settings.keys():
+        raise ValueError(f"{path}: is damaged, expected config, codec and data in it")
+    checks.integer(f"{path}: length", data_told.get("length"), 1)
     return settings
 
 
