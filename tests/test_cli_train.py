@@ -23,6 +23,7 @@ TEXT = "the quick brown fox jumps over the lazy dog, and the dog_s tail\n" * 40
 TINY = [
     *("--num-steps", "8", "--embed-dim", "8", "--num-layers", "1", "--num-heads", "2"),
     *("--batch-size", "4", "--num-threads", "1", "--checkpoint-every", "3"),
+    *("--average-decay", "0.5"),
 ]
 SMALL = [*TINY, "--validate-every", "4", "--length", "16", "--kind", "characters"]
 
@@ -225,10 +226,25 @@ def test_samples_are_written_as_ids_that_can_be_loaded_and_as_text(run, tmp_path
     assert (tmp_path / "s.txt").read_text() == "\n".join(texts) + "\n"
 
 
-def test_the_averaged_parameters_of_the_best_checkpoint_are_used(run):
-    history = [line.split(",") for line in (run / "history.csv").read_text().splitlines()[1:]]
-    best = min((float(line[5]), int(line[0])) for line in history if line[5])[1]
-    assert runs.best(run).step == best
+def test_the_averaged_parameters_of_the_best_checkpoint_are_used(run, tmp_path, monkeypatch):
+    out = copied(run, tmp_path, lambda settings: None)
+    lines = [line.split(",") for line in (run / "history.csv").read_text().splitlines()]
+    # Of the two that were validated, the earlier one is now the best, and a third is gone.
+    for step, bits in (4, "0.5"), (5, "0.1"):
+        lines[step][-1] = bits
+    (out / "history.csv").write_text("".join(",".join(line) + "\n" for line in lines))
+    seen = []
+
+    def decode(model, params, **options):
+        seen.append(params)
+        return np.ones((1, 16), int), {"tokens": np.ones((1, 1, 16), int)}
+
+    monkeypatch.setattr(marref, "iterative_decode", decode)
+    assert cli.main(["sample", str(out), "--num", "1"]) == 0
+    state = checkpoints.load(checkpoints.found(out / "checkpoints")[4]).state
+    expected, found = trees.flatten(state.average), trees.flatten(seen[0])
+    assert all(np.array_equal(found[name], leaf) for name, leaf in expected.items())
+    assert not np.array_equal(found["head.kernel"], trees.flatten(state.params)["head.kernel"])
 
 
 @pytest.mark.filterwarnings("default::RuntimeWarning")
