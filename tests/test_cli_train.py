@@ -290,6 +290,15 @@ def test_an_output_that_lacks_a_character_gets_an_escape(run, monkeypatch):
     assert raw.getvalue() == b"--- 1\n\\u0394\n"
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(run):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "marref", "sample", str(run), "--num", "1"]
+    with open(writing, "wb") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
 def test_no_control_character_reaches_the_terminal():
     assert sample.shown(Bytes(), Bytes().encode("a\x1b[2J\tb\n")) == "a�[2J\tb\n"
 
@@ -361,6 +370,7 @@ BAD = {
     "a prompt that is too long": ("sample RUN --prompt fox______________", "at most 16"),
     "a character that is unknown": ("sample RUN --prompt Z_", "'Z' (U+005A)"),
     "an unknown suffix": ("sample RUN --out s.pdf", "suffix"),
+    "a folder that does not exist": ("sample RUN --out no/s.npy", "folder does not exist"),
     "a picture of text": ("sample RUN --out s.png", "expected .npy"),
     "no run to measure": ("evaluate out", "holds no run"),
     "data with other characters": ("evaluate RUN OTHER", "is not in the alphabet"),

@@ -2,6 +2,7 @@
 
 import argparse
 import io
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,6 +13,7 @@ from marref.cli import check, compare, demo, evaluate, golden, sample, train
 from marref.cli.arguments import Parser, examples
 
 _COMMANDS = (train, sample, evaluate, demo, check, golden, compare)
+_SIGPIPE = 13  # which Windows has no name for
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -26,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     -------
     int
         The exit status.  0: success; 1: a check failed, a comparison differs, or training
-        diverged; 2: it could not be done; 130: Ctrl-C.
+        diverged; 2: it could not be done; 130: Ctrl-C; 141: nobody reads the output.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # What the output's encoding lacks is written as an escape.
@@ -37,9 +39,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _say_warning
         try:
             status: int = parsed.run(parsed)
+            sys.stdout.flush()
         except FloatingPointError as error:
             print(f"marref: {error}", file=sys.stderr)
             return 1
+        except BrokenPipeError:
+            # Whoever read has seen enough; what is left goes nowhere, also at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 128 + _SIGPIPE
         except (OSError, ValueError, TypeError, ImportError, MemoryError) as error:
             print(f"marref: {str(error) or type(error).__name__}", file=sys.stderr)
             return 2

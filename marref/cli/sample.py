@@ -136,6 +136,8 @@ def _check_out(out: Path | None, codec: Codec) -> None:
     if out is None:
         return
     checks.choice("--out: suffix", out.suffix, _SUFFIXES)
+    if not out.parent.is_dir():
+        raise ValueError(f"--out: received {out}, whose folder does not exist")
     is_text = isinstance(codec, Bytes | Characters | Tokenizer)
     fits = {".npy": True, ".png": isinstance(codec, Pixels), ".txt": is_text}
     if not fits[out.suffix]:
