@@ -11,10 +11,11 @@ The definition, to be read: `marref.layers` (each layer, forward and backward), 
 results sooner: `marref.fast`; `loss_and_grads`, `adam_step` and `iterative_decode` above are its
 functions, and `marref.model.loss_and_grads`, `marref.optim.step` and
 `marref.decoding.iterative_decode` their definitions.  To use them: `marref.training`,
-`marref.data`, `marref.files`, `marref.trees`.  To check others: `marref.verify`.
+`marref.data`, `marref.chance`, `marref.files`, `marref.trees`.  To check others: `marref.verify`.
 """
 
 from marref import (
+    chance,
     data,
     decoding,
     fast,
@@ -43,6 +44,7 @@ __all__ = [
     "MAR",
     "adam_step",
     "build",
+    "chance",
     "check_gradients",
     "data",
     "decoding",

@@ -15,6 +15,10 @@ import numpy.typing as npt
 from marref.trees import Array
 
 
+class NotFinite(ValueError):
+    """An array holds NaN or an infinity."""
+
+
 def integer(argument: str, value: Any, minimum: int, maximum: int | None = None) -> int:
     """Return ``value`` as an int in [minimum, maximum]."""
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
@@ -91,9 +95,7 @@ def finite(argument: str, array: Array) -> None:
     bad = ~np.isfinite(array)
     if bad.any():
         place = _first(bad)
-        raise ValueError(
-            f"{argument}: {array[place]} at {_written(place)}, expected finite numbers"
-        )
+        raise NotFinite(f"{argument}: {array[place]} at {_written(place)}, expected finite numbers")
 
 
 def token_ids(

@@ -10,13 +10,24 @@ import importlib.util
 import io
 import json
 import os
+import secrets
+import stat
+import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from marref.trees import Array
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+TEMPORARY_PREFIX = ".marref-"
+"""How the names of temporary files begin."""
 
 _METADATA = "__metadata__"
 # The last two are arguments of numpy.savez_compressed; in NumPy 2.1, "file" alone.
@@ -40,26 +51,108 @@ _SAFETENSORS_DTYPES = {
 
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Write a file whole or not at all.
+    """Write a file whole or not at all, even if the process is killed or the power fails.
 
     Parameters
     ----------
     path : path
-        The file to make or replace; its folder must exist.
+        The file to make or replace; its folder must exist.  Of a symbolic link, where it leads.
 
     Yields
     ------
     pathlib.Path
         A temporary file beside it, with the same suffix, to be written instead.  When the block
-        ends it becomes ``path``; when the block raises it is removed and ``path`` stays as it was.
+        ends it becomes ``path``, with the mode that ``path`` had; when the block raises it is
+        removed and ``path`` stays as it was.  `remove_stale` removes what a killed process left.
+
+    Raises
+    ------
+    OSError
+        The file cannot be written.
+    ValueError
+        There is something at ``path`` that is no regular file, such as a device or a folder.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
-    try:
+    target = Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise ValueError(f"{os.fspath(path)}: no regular file, expected one or nothing to replace")
+    with naming(path), _temporary(target) as temporary:
         yield temporary
-        os.replace(temporary, path)
+        if target.exists():
+            os.chmod(temporary, stat.S_IMODE(target.stat().st_mode))
+        sync(temporary)
+        os.replace(temporary, target)
+        if os.name == "posix":
+            sync(target.parent)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Put a file's name into errors of the system that have none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = os.fspath(path)
+        raise
+
+
+def sync(path: Path) -> None:
+    """Bring what was written to a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
+    try:
+        os.fsync(handle)
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(handle)
+
+
+def remove_stale(folder: str | os.PathLike[str]) -> list[Path]:
+    """Remove the temporary files of `replacing` whose writers are dead.
+
+    Parameters
+    ----------
+    folder : path
+
+    Returns
+    -------
+    list of pathlib.Path
+        What was removed.  Nothing where there are no locks (Windows).
+    """
+    removed: list[Path] = []
+    if fcntl is None:
+        return removed
+    for path in sorted(Path(folder).glob(f"{TEMPORARY_PREFIX}*")):
+        with contextlib.suppress(OSError), locked(path):
+            path.unlink()
+            removed.append(path)
+    return removed
+
+
+@contextlib.contextmanager
+def locked(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Hold a file or folder against everyone else who asks for it here, until the block ends.
+
+    The system lets go of it when the process ends, however it ends.  Without locks (Windows)
+    nothing is held.
+
+    Parameters
+    ----------
+    path : path
+        Must exist.
+
+    Raises
+    ------
+    OSError
+        There is no such path, or somebody else holds it (BlockingIOError).
+    """
+    if fcntl is None:
+        yield
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
 
 
 def check_suffix(argument: str, path: str | os.PathLike[str]) -> None:
@@ -85,17 +178,25 @@ def check_suffix(argument: str, path: str | os.PathLike[str]) -> None:
         )
 
 
-def save(path: str | os.PathLike[str], arrays: dict[str, Array], metadata: dict[str, Any]) -> None:
+def save(
+    path: str | os.PathLike[str],
+    arrays: dict[str, Array],
+    metadata: dict[str, Any],
+    *,
+    compressed: bool = True,
+) -> None:
     """Write named arrays and metadata to one file, the same bytes for the same content.
 
     Parameters
     ----------
     path : path
-        Ends in ``.safetensors``: that format (extra ``interop``).  Otherwise ``.npz``, compressed.
+        Ends in ``.safetensors``: that format (extra ``interop``).  Otherwise ``.npz``.
     arrays : dict of str to array
         Of numbers or booleans.
     metadata : dict
         Whatever JSON can hold.
+    compressed : bool
+        Of ``.npz``.  Parameters hardly shrink, and take many times as long to compress.
 
     Raises
     ------
@@ -123,10 +224,12 @@ def save(path: str | os.PathLike[str], arrays: dict[str, Array], metadata: dict[
     else:
         members: dict[str, Any] = {**arrays, _METADATA: np.frombuffer(text.encode(), np.uint8)}
         with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, **members)
+            (np.savez_compressed if compressed else np.savez)(file, **members)
 
 
-def load(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, Any]]:
+def load(
+    path: str | os.PathLike[str], *, max_bytes: int | None = None
+) -> tuple[dict[str, Array], dict[str, Any]]:
     """Read named arrays and metadata: what `save` wrote, or others with the same tools.
 
     Parameters
@@ -135,6 +238,8 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, Any]
         A ``.safetensors`` file (extra ``interop``), an ``.npz`` file, or a folder of such files
         and of ``.npy`` files, whose arrays are named by their paths within it.  An index of shards,
         ``*.index.json`` as of Hugging Face, must find them all there.
+    max_bytes : int, optional
+        A file that holds more, or claims to hold more once it is inflated, is not read.
 
     Returns
     -------
@@ -149,13 +254,16 @@ def load(path: str | os.PathLike[str]) -> tuple[dict[str, Array], dict[str, Any]
     OSError
         The file cannot be opened.
     ValueError
-        It cannot be read: truncated, garbled, of another format, or with pickled objects.
+        It cannot be read: truncated, garbled, of another format, with pickled objects, or larger
+        than ``max_bytes``.
     ImportError
         safetensors is not installed.
     """
     path = Path(path)
     is_folder = path.is_dir()
     is_safetensors = not is_folder and _is_safetensors(path)
+    if max_bytes is not None and not is_folder:
+        _check_size(path, max_bytes)
     content = b"" if is_folder else path.read_bytes()
     try:
         if is_folder:
@@ -195,6 +303,88 @@ def _join(arrays: dict[str, Array], others: dict[str, Array], path: str | os.Pat
     arrays |= others
 
 
+@contextlib.contextmanager
+def _temporary(target: Path) -> Iterator[Path]:
+    """Make a file beside another, whose name no other thread, process or container makes.
+
+    It is locked until the block ends, which tells it from those of dead writers.
+    """
+    # A name has 255 bytes at most; a long suffix names no format.
+    suffix = target.suffix if len(os.fsencode(target.suffix)) <= 16 else ""
+    path = target.with_name(f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}{suffix}")
+    os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
+    try:
+        with locked(path):
+            yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def load_metadata(path: str | os.PathLike[str], *, max_bytes: int) -> dict[str, Any]:
+    """Read the metadata of a file of `save`, and nothing else of it.
+
+    Parameters
+    ----------
+    path : path
+        A ``.safetensors`` or ``.npz`` file.
+    max_bytes : int
+        Longer metadata are not read.
+
+    Returns
+    -------
+    dict
+        Empty where the file has none.
+
+    Raises
+    ------
+    OSError
+        The file cannot be opened.
+    ValueError
+        It cannot be read, or its metadata are longer.
+    ImportError
+        safetensors is not installed.
+    """
+    path = Path(path)
+    of_format = _safetensors_metadata if _is_safetensors(path) else _npz_metadata
+    with path.open("rb") as file:
+        try:
+            return of_format(file, max_bytes)
+        except Exception as error:  # As in `load`.
+            raise ValueError(f"{path}: cannot be read as arrays ({error!r})") from error
+
+
+def _npz_metadata(file: IO[bytes], max_bytes: int) -> dict[str, Any]:
+    with zipfile.ZipFile(file) as archive:
+        name = f"{_METADATA}.npy"
+        if name not in archive.namelist():
+            return {}
+        _check_length(archive.getinfo(name).file_size, max_bytes)
+        with archive.open(name) as member:
+            return _parsed(np.lib.format.read_array(member, allow_pickle=False).tobytes())
+
+
+def _safetensors_metadata(file: IO[bytes], max_bytes: int) -> dict[str, Any]:
+    length = int.from_bytes(file.read(8), "little")
+    _check_length(length, max_bytes)
+    text = json.loads(file.read(length)).get(_METADATA, {}).get(_SAFETENSORS_KEY)
+    return {} if text is None else _parsed(text)
+
+
+def _check_length(length: int, max_bytes: int) -> None:
+    if length > max_bytes:
+        raise ValueError(f"metadata of {length:,} bytes, expected at most {max_bytes:,}")
+
+
+def _check_size(path: Path, max_bytes: int) -> None:
+    """Raise if a file is larger than a bound, or says that it becomes so when it is inflated."""
+    size = path.stat().st_size
+    if size <= max_bytes and not _is_safetensors(path):
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(path) as archive:
+            size = sum(member.file_size for member in archive.infolist())
+    if size > max_bytes:
+        raise ValueError(f"{path}: holds {size:,} bytes, expected at most {max_bytes:,}")
+
+
 def _read_npz(content: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
     loaded = np.load(io.BytesIO(content), allow_pickle=False)
     if isinstance(loaded, np.ndarray):
@@ -231,9 +421,7 @@ def _read_safetensors(content: bytes) -> tuple[dict[str, Array], dict[str, Any]]
         else:
             flat = np.frombuffer(tensor["data"], _SAFETENSORS_DTYPES[tensor["dtype"]])
         arrays[name] = flat.reshape(tensor["shape"])
-    length = int.from_bytes(content[:8], "little")
-    text = json.loads(content[8 : 8 + length]).get(_METADATA, {}).get(_SAFETENSORS_KEY)
-    return arrays, metadata if text is None else {**metadata, **_parsed(text)}
+    return arrays, {**metadata, **_safetensors_metadata(io.BytesIO(content), len(content))}
 
 
 def _read_folder(path: Path) -> tuple[dict[str, Array], dict[str, Any]]:

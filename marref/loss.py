@@ -98,6 +98,34 @@ def backward(cache: Tree) -> Array:
     return dlogits
 
 
+def uniform(cache: Tree) -> tuple[np.inexact, Array]:
+    """Compute the cross-entropy with the uniform distribution, and its gradient.
+
+    Label smoothing ε (Szegedy et al. 2016, arXiv 1512.00567, section 7) spreads ε of a target's
+    probability evenly over all V ids, its own among them: L_ε = (1 - ε) L + ε U, with
+
+        U = -(1/|M|) Σ_{i in M} (1/V) Σ_k log softmax(z_i)[k]
+
+        dz_i = (softmax(z_i) - 1/V) / |M|        0 where i is not masked
+
+    Parameters
+    ----------
+    cache : dict
+        From `forward`.
+
+    Returns
+    -------
+    value : scalar
+        U, at least log V where something is masked.
+    dlogits : array [..., vocab_size]
+    """
+    mask, log_probabilities = cache["mask"], cache["log_probabilities"]
+    count, vocab_size = max(len(log_probabilities), 1), log_probabilities.shape[-1]
+    dlogits = np.zeros((*mask.shape, vocab_size), log_probabilities.dtype)
+    dlogits[mask] = (np.exp(log_probabilities) - 1.0 / vocab_size) / count
+    return -log_probabilities.mean(axis=1).sum() / count, dlogits
+
+
 def log_softmax(logits: Array) -> Array:
     """Compute the logarithm of softmax for each row.
 

@@ -209,6 +209,8 @@ def loss_and_grads(
     targets: npt.ArrayLike,
     mask: npt.ArrayLike,
     rng: np.random.Generator | None = None,
+    *,
+    label_smoothing: float = 0.0,
 ) -> tuple[np.inexact, Tree]:
     """Run the model and the loss forward, and both backward.
 
@@ -222,6 +224,8 @@ def loss_and_grads(
         True (or 1) where a position was masked.
     rng : numpy.random.Generator, optional
         Given: dropout is on.
+    label_smoothing : float
+        ε in [0, 1) of the loss (1 - ε) L + ε U; see `marref.loss.uniform`.
 
     Returns
     -------
@@ -231,9 +235,15 @@ def loss_and_grads(
         A tree like ``params``.
     """
     check_model(model)
+    checks.real("label_smoothing", label_smoothing, "[0, 1)")
     logits, cache = model.forward(params, tokens, rng)
     value, loss_cache = loss.forward(logits, targets, mask)
-    return value, model.backward(params, loss.backward(loss_cache), cache)
+    dlogits = loss.backward(loss_cache)
+    if label_smoothing > 0.0:
+        uniform, duniform = loss.uniform(loss_cache)
+        value = (1.0 - label_smoothing) * value + label_smoothing * uniform
+        dlogits = (1.0 - label_smoothing) * dlogits + label_smoothing * duniform
+    return value, model.backward(params, dlogits, cache)
 
 
 def head_forward(params: Tree, x: Array, epsilon: float) -> tuple[Array, Tree]:

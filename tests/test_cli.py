@@ -94,7 +94,10 @@ def test_pixels_are_drawn_darker_with_more_ink_and_masks_as_question_marks():
     [
         (["demo", "--steps", "0"], "received 0, expected an integer >= 1"),
         (["demo", "--seed", "x"], "received x, expected an integer >= 0"),
-        (["dance"], "invalid choice"),
+        (["dance"], "command 'dance' is unknown"),
+        (["chekc"], "nearest: check"),
+        (["demo", "--step", "3"], "'--step' is unknown; nearest: --steps"),
+        (["--verison"], "nearest: --version"),
         ([], "required"),
     ],
 )
@@ -102,7 +105,9 @@ def test_bad_arguments_are_one_clear_line_and_status_2(arguments, message, capsy
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments)
     assert exit_.value.code == 2
-    assert message in capsys.readouterr().err
+    printed = capsys.readouterr().err
+    assert message in printed
+    assert printed.count("\n") == 1
 
 
 def test_a_folder_that_cannot_be_made_is_one_clear_line(tiny, tmp_path, capsys):
@@ -142,8 +147,8 @@ def test_importing_marref_imports_no_extra_nor_scipy_stats():
 
 def test_what_diagnosis_tries_is_said_on_stderr_after_a_while(monkeypatch, capsys):
     seconds = iter([0.0, 9.0, 11.0, 11.0, 12.0])
-    monkeypatch.setattr(cli.time, "monotonic", lambda: next(seconds))
-    progress = cli._Progress()
+    monkeypatch.setattr(cli.compare.time, "monotonic", lambda: next(seconds))
+    progress = cli.compare._Progress()
     progress("pairs", 10, 5886)
     assert capsys.readouterr().err == ""
     progress("pairs", 1200, 5886)

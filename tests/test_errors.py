@@ -253,6 +253,9 @@ BAD_CALLS_OF_BOTH_WAYS = {
     "mask: 2 at [0, 0], expected 0 or 1": lambda way: way.loss_and_grads(
         MODEL, PARAMS, TOKENS, TOKENS, MASK * 2
     ),
+    "label_smoothing: received 1.0, expected a number in [0, 1)": lambda way: way.loss_and_grads(
+        MODEL, PARAMS, TOKENS, TOKENS, MASK, label_smoothing=1.0
+    ),
     # Decoding.
     "model: received dict, expected a marref.MAR": lambda way: way.iterative_decode({}, PARAMS),
     "vocab_size: received 8192, expected the model's 5": decode(vocab_size=8192),

@@ -54,15 +54,16 @@ def test_loss_and_gradients_are_the_definitions(dropout, features, logits, data,
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "_FEATURES_AT_ONCE", features)
         patch.setattr(kernels, "LOGITS_AT_ONCE", logits)
-        assert_trains_as_the_definition(case, num_threads)
+        smoothing = data.draw(st.sampled_from([0.0, 0.1, 0.9]))
+        assert_trains_as_the_definition(case, num_threads, smoothing)
 
 
-def assert_trains_as_the_definition(case, num_threads):
+def assert_trains_as_the_definition(case, num_threads, smoothing):
     mar, params, *batch, seed = case
 
     def run(function, **options):
         rng = np.random.default_rng(seed)
-        value, grads = function(mar, params, *batch, rng, **options)
+        value, grads = function(mar, params, *batch, rng, label_smoothing=smoothing, **options)
         return value, grads, rng.random()
 
     value, grads, next_number = run(model.loss_and_grads)
@@ -131,14 +132,19 @@ def test_complex_parameters_are_the_definitions_business():
     np.testing.assert_array_equal(flat(grads), flat(expected_grads))
 
 
-def test_large_logits_take_the_definitions_loss():
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_large_logits_take_the_definitions_loss(smoothing):
     mar = marref.build(vocab_size=5, embed_dim=4, num_layers=1, num_heads=2, seq_len=3)
     params = strategies.random_params(mar, np.random.default_rng(0), np.float32)
     tokens = np.array([[0, 1, 0]])
     for size in (100.0, 1e4):
         params["head"]["bias"][:] = np.array([0, 1, -1, 2, 0.5]) * size
-        value, grads = marref.loss_and_grads(mar, params, tokens, tokens, tokens < 1)
-        expected, expected_grads = model.loss_and_grads(mar, params, tokens, tokens, tokens < 1)
+        value, grads = marref.loss_and_grads(
+            mar, params, tokens, tokens, tokens < 1, label_smoothing=smoothing
+        )
+        expected, expected_grads = model.loss_and_grads(
+            mar, params, tokens, tokens, tokens < 1, label_smoothing=smoothing
+        )
         assert value == pytest.approx(expected, rel=1e-6)
         np.testing.assert_allclose(flat(grads), flat(expected_grads), rtol=0, atol=1e-6)
 
@@ -148,7 +154,7 @@ def test_the_loss_of_sure_predictions_keeps_its_digits():
     ids = np.array([1, 0])
     exact = logits.astype(float)
     value, cache = marref.loss.forward(exact, ids, np.ones(2, bool))
-    fast, dlogits = training._cross_entropy(logits.copy(), ids, 2)
+    fast, dlogits = training._cross_entropy(logits.copy(), ids, 2, 0.0)
     assert fast == pytest.approx(value, rel=1e-6)
     np.testing.assert_allclose(dlogits, marref.loss.backward(cache), rtol=1e-5)
 

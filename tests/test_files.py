@@ -1,7 +1,13 @@
 import contextlib
+import errno
 import io
 import os
 import pickle
+import signal
+import stat
+import subprocess
+import sys
+import threading
 import zipfile
 
 import numpy as np
@@ -76,6 +82,139 @@ def test_a_file_is_written_whole_or_not_at_all(trained, tmp_path, monkeypatch):
     assert os.listdir(tmp_path) == ["model.npz"]
 
 
+@pytest.mark.parametrize("name", ["x.npz", "x" * 255, "x" + "." + "y" * 253])
+def test_every_name_that_the_system_takes_can_be_written(tmp_path, name):
+    files.save(tmp_path / name, {"a": np.ones(1)}, {})
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_threads_that_write_one_path_never_leave_half_a_file(tmp_path):
+    path = tmp_path / "x.npz"
+    contents = [{"a": np.full(2000, float(value))} for value in range(4)]
+    files.save(path, contents[0], {})
+    unreadable, done = [], threading.Event()
+
+    def writes(content):
+        for _ in range(15):
+            files.save(path, content, {})
+
+    def reads():
+        while not done.is_set():
+            try:
+                array = files.load(path)[0]["a"]
+                assert (array == array[0]).all()
+            except Exception as error:
+                unreadable.append(error)
+
+    reader = threading.Thread(target=reads)
+    writers = [threading.Thread(target=writes, args=[content]) for content in contents]
+    for thread in (reader, *writers):
+        thread.start()
+    for thread in writers:
+        thread.join()
+    done.set()
+    reader.join()
+    assert unreadable == []
+    assert os.listdir(tmp_path) == ["x.npz"]
+
+
+def test_a_symbolic_link_is_written_through(tmp_path):
+    (tmp_path / "there").mkdir()
+    target, link = tmp_path / "there" / "target.npz", tmp_path / "link.npz"
+    link.symlink_to(target)
+    for value in (1.0, 2.0):  # The link leads nowhere at first.
+        files.save(link, {"a": np.array([value])}, {})
+        assert link.is_symlink()
+        assert files.load(target)[0]["a"] == [value]
+    assert os.listdir(tmp_path / "there") == ["target.npz"]
+
+
+def test_a_replaced_file_keeps_its_mode_and_a_new_one_has_the_usual_one(tmp_path):
+    path, usual = tmp_path / "x.npz", tmp_path / "usual"
+    usual.write_text("")
+    files.save(path, {"a": np.ones(1)}, {})
+    assert path.stat().st_mode == usual.stat().st_mode
+    for mode in (0o640, 0o604):
+        path.chmod(mode)
+        files.save(path, {"a": np.zeros(1)}, {})
+        assert stat.S_IMODE(path.stat().st_mode) == mode
+
+
+def test_what_is_no_regular_file_is_refused_and_stays(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("pipe")
+    for name in ("pipe", "folder", "link"):
+        with pytest.raises(ValueError, match=f"{name}: no regular file, expected one or nothing"):
+            files.save(tmp_path / name, {"a": np.ones(1)}, {})
+    assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
+    assert sorted(os.listdir(tmp_path)) == ["folder", "link", "pipe"]
+
+
+def test_the_bytes_and_then_the_name_are_brought_to_the_disk(tmp_path, monkeypatch):
+    path = tmp_path / "x.npz"
+    events = []
+    fsync, replace = os.fsync, os.replace
+
+    def syncs(handle):
+        mode = os.fstat(handle).st_mode
+        events.append("folder" if stat.S_ISDIR(mode) else os.fstat(handle).st_size > 0)
+        fsync(handle)
+
+    def replaces(*paths):
+        events.append("replace")
+        replace(*paths)
+
+    monkeypatch.setattr(os, "fsync", syncs)
+    monkeypatch.setattr(os, "replace", replaces)
+    files.save(path, {"a": np.ones(1)}, {})
+    assert events == [True, "replace", "folder"]
+
+
+def test_a_full_disk_is_an_error_that_names_the_file(tmp_path, monkeypatch):
+    path = tmp_path / "x.npz"
+    files.save(path, {"a": np.ones(1)}, {})
+
+    def full(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*x\.npz'"):
+        files.save(path, {"a": np.zeros(1)}, {})
+    assert files.load(path)[0]["a"] == [1.0]
+    assert os.listdir(tmp_path) == ["x.npz"]
+
+
+KILLED_WRITER = """
+import sys, time
+from marref import files
+with files.replacing(sys.argv[1]) as temporary:
+    temporary.write_text("half")
+    print("writing", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_what_a_killed_writer_leaves_is_removed_and_what_a_living_one_writes_is_not(tmp_path):
+    command = [sys.executable, "-c", KILLED_WRITER, str(tmp_path / "x.npz")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as writer:
+        writer.stdout.readline()
+        assert files.remove_stale(tmp_path) == []
+        (temporary,) = tmp_path.iterdir()
+        assert temporary.name.startswith(files.TEMPORARY_PREFIX)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+    assert files.remove_stale(tmp_path) == [temporary]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_lock_is_held_by_one_and_let_go_at_the_end(tmp_path):
+    with files.locked(tmp_path), pytest.raises(BlockingIOError), files.locked(tmp_path):
+        pass
+    with files.locked(tmp_path):
+        pass
+
+
 def test_a_truncated_or_garbled_file_is_one_clear_error(trained, tmp_path):
     path = tmp_path / "model.npz"
     marref.save_model(path, *trained)
@@ -92,6 +231,16 @@ def test_a_truncated_or_garbled_file_is_one_clear_error(trained, tmp_path):
         path.write_bytes(garbled)
         with contextlib.suppress(ValueError):
             marref.load_model(path)
+
+
+def test_a_model_that_would_inflate_beyond_its_parameters_is_not_read(trained, tmp_path):
+    path = tmp_path / "model.npz"
+    marref.save_model(path, *trained)
+    with zipfile.ZipFile(path, "a", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("bomb.npy", bytes(20 * 2**20))
+    assert path.stat().st_size < 2**17
+    with pytest.raises(ValueError, match=r"holds 2\d,\d{3},\d{3} bytes, expected at most"):
+        marref.load_model(path)
 
 
 def test_nothing_is_unpickled(tmp_path):

@@ -231,6 +231,22 @@ def test_loss(method, shape, vocab_size, seed):
 
 
 @METHODS
+@given(shape=shapes, vocab_size=st.integers(2, 6), seed=seeds)
+@settings(max_examples=15)
+def test_cross_entropy_with_the_uniform_distribution(method, shape, vocab_size, seed):
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0.0, 3.0, (*shape, vocab_size))
+    targets, mask = rng.integers(vocab_size, size=shape), rng.random(shape) < 0.5
+    errors = check_gradients(
+        lambda point: loss.uniform(loss.forward(point["logits"], targets, mask)[1])[0],
+        {"logits": logits},
+        {"logits": loss.uniform(loss.forward(logits, targets, mask)[1])[1]},
+        method=method,
+    )
+    assert errors["logits"] <= BOUNDS[method]
+
+
+@METHODS
 @strategies.both_ways
 @given(case=strategies.cases(dropout=0.2))
 @settings(max_examples=20)

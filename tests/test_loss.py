@@ -104,3 +104,15 @@ def test_loss_and_gradient_of_a_sure_prediction_keep_their_digits():
         others = np.exp([-gap, 0.3 - gap]) / (1 + rest)
         expected = [-others.sum(), *others]
         np.testing.assert_allclose(gradient(logits, 0, True), expected, rtol=1e-13)
+
+
+@given(batch=batches())
+def test_the_uniform_part_is_the_mean_loss_over_all_targets(batch):
+    logits, targets, mask, _ = batch
+    ids = range(logits.shape[-1])
+    value, dlogits = loss.uniform(loss.forward(logits, targets, mask)[1])
+    each = [np.full_like(targets, token) for token in ids]
+    expected = np.mean([marref.mar_loss(logits, target, mask) for target in each])
+    assert value == pytest.approx(expected, rel=1e-12, abs=1e-12)
+    gradients = np.mean([gradient(logits, target, mask) for target in each], axis=0)
+    np.testing.assert_allclose(dlogits, gradients, rtol=0, atol=1e-15)

@@ -151,6 +151,21 @@ def test_any_model_agrees_with_pytorch(way, name, missing):
 
 
 @both_ways
+def test_label_smoothing_agrees_with_pytorch(way):
+    torch = pytest.importorskip("torch")
+    model, torch_model, params, batch = fresh(next(iter(CONFIGS)), 1)
+    _, logits = torch_model.loss_and_logits(*batch)
+    mask = torch.tensor(batch[2])
+    torch_loss = torch.nn.functional.cross_entropy(
+        logits[mask], torch.tensor(batch[1])[mask], label_smoothing=0.15
+    )
+    torch_loss.backward()
+    loss, grads = way.loss_and_grads(model, params, *batch, label_smoothing=0.15)
+    assert_close({"loss": loss}, {"loss": torch_loss.detach().numpy()})
+    assert_gradients_close(trees.flatten(grads), torch_model.gradients())
+
+
+@both_ways
 @pytest.mark.parametrize("name", CONFIGS)
 @pytest.mark.parametrize(
     "settings",

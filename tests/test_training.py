@@ -97,6 +97,24 @@ def test_diverged_training_says_in_which_step(small):
         fit(model, broken, tokens)
 
 
+def test_gradients_that_are_no_longer_finite_are_divergence_too(small, monkeypatch):
+    def overflows(model, params, *_, **__):
+        return np.float32(1.0), trees.map_leaves(lambda leaf: leaf + np.float32("inf"), params)
+
+    monkeypatch.setattr(training.loop, "loss_and_grads", overflows)
+    with pytest.raises(FloatingPointError, match="diverged in step 1: grads: their norm is inf"):
+        fit(*small)
+
+
+def test_an_error_that_is_no_divergence_is_not_called_so(small, monkeypatch):
+    def refuses(*_, **__):
+        raise ValueError("targets: id 9")
+
+    monkeypatch.setattr(training.loop, "loss_and_grads", refuses)
+    with pytest.raises(ValueError, match=r"^targets: id 9$"):
+        fit(*small)
+
+
 def test_training_is_what_its_options_say():
     """Two steps, written out with the public functions and the same generator."""
     model = marref.build(vocab_size=6, embed_dim=8, num_layers=1, num_heads=2, dropout=0.3)

@@ -41,6 +41,7 @@ def loss_and_grads(
     mask: npt.ArrayLike,
     rng: np.random.Generator | None = None,
     *,
+    label_smoothing: float = 0.0,
     num_threads: int | None = None,
 ) -> tuple[np.inexact, Tree]:
     """Run the model and the loss forward, and both backward.
@@ -59,6 +60,8 @@ def loss_and_grads(
         True (or 1) where a position was masked.
     rng : numpy.random.Generator, optional
         Given: dropout is on.
+    label_smoothing : float
+        ε in [0, 1) of the loss (1 - ε) L + ε U; see `marref.loss.uniform`.
     num_threads : int, optional
         How many threads share the batch; by default as many as pay and there are cores, see
         docs/performance.md.  The same number gives the same bits, another one the same result up
@@ -83,11 +86,14 @@ def loss_and_grads(
     mask = checks.binary_mask("mask", mask, tokens.shape)
     if rng is not None:
         checks.generator("rng", rng)
+    label_smoothing = checks.real("label_smoothing", label_smoothing, "[0, 1)")
     num_threads = parallel.choose(
         num_threads, tokens.size * model.embed_dim, parallel.FEATURES_WORTH_A_THREAD
     )
     if params["head"]["bias"].dtype.kind == "c":
-        return definition.loss_and_grads(model, params, tokens, targets, mask, rng)
+        return definition.loss_and_grads(
+            model, params, tokens, targets, mask, rng, label_smoothing=label_smoothing
+        )
 
     memory.keep_by_default()
     at_once = max(1, _FEATURES_AT_ONCE // (tokens.shape[1] * model.embed_dim)) * num_threads
@@ -101,7 +107,8 @@ def loss_and_grads(
         of_block = functools.partial(pack, num_heads=num_heads, centre=centre)
         packs = [functools.partial(of_block, block_params) for block_params in params["blocks"]]
         keep, *blocks = run(operator.call, [draw, *packs])
-        work = _Work(model, params, blocks, tokens, targets, mask, keep, max(int(mask.sum()), 1))
+        of_loss = max(int(mask.sum()), 1), label_smoothing
+        work = _Work(model, params, blocks, tokens, targets, mask, keep, *of_loss)
         value, dx, sums = _sum_of_slices(run, work, slices)
         unpack = functools.partial(unpack_gradients, num_heads=num_heads, centre=centre)
         block_grads = run(unpack, params["blocks"], [Packed(**packed) for packed in sums["blocks"]])
@@ -121,6 +128,7 @@ class _Work(NamedTuple):
     mask: Array
     keep: Tree
     num_masked: int
+    label_smoothing: float
 
 
 def _sum_of_slices(
@@ -201,7 +209,9 @@ def _head(work: _Work, x: Array, ids: Array) -> tuple[np.inexact, Array, Tree]:
         normal, root = normalise(x[part], work.model.layer_norm_epsilon)
         source = normal * scale + bias
         logits = linear(source, kernel, work.params["head"]["bias"])
-        part_value, dlogits = _cross_entropy(logits, ids[part], work.num_masked)
+        part_value, dlogits = _cross_entropy(
+            logits, ids[part], work.num_masked, work.label_smoothing
+        )
         value += part_value
         dsource = dlogits @ kernel.T
         dscale = math.sqrt(len(scale)) * (dsource * normal).sum(axis=0)
@@ -215,7 +225,9 @@ def _head(work: _Work, x: Array, ids: Array) -> tuple[np.inexact, Array, Tree]:
     return value, dx, sums[0]
 
 
-def _cross_entropy(logits: Array, ids: Array, num_masked: int) -> tuple[np.inexact, Array]:
+def _cross_entropy(
+    logits: Array, ids: Array, num_masked: int, label_smoothing: float
+) -> tuple[np.inexact, Array]:
     """Compute what some masked positions add to the loss, and dlogits over the logits.
 
     With e = exp(z), y the target and s = Σ_{k≠y} e_k, which is added up without e_y,
@@ -223,13 +235,22 @@ def _cross_entropy(logits: Array, ids: Array, num_masked: int) -> tuple[np.inexa
         -log p_y = log1p(s / e_y)     p_y - 1 = -s / (s + e_y)     p_k = e_k / (s + e_y)
 
     keep their digits where p_y is almost 1.  Only for logits whose exp has digits; the definition
-    does the others.
+    does the others.  With label smoothing ε, and m the mean of the V logits,
+
+        -(1/V) Σ_k log p_k = log(s + e_y) - m     dz_k = p_k - (1 - ε)[k = y] - ε/V
     """
+    smoothing, keep = label_smoothing, 1.0 - label_smoothing
     if not has_digits(logits):
         value, cache = loss.forward(logits, ids, np.ones(len(ids), bool))
+        dlogits = loss.backward(cache)
+        if smoothing:
+            uniform, duniform = loss.uniform(cache)
+            value = keep * value + smoothing * uniform
+            dlogits = keep * dlogits + smoothing * duniform
         share = len(ids) / num_masked
-        return logits.dtype.type(value * share), loss.backward(cache) * share
+        return logits.dtype.type(value * share), dlogits * share
     at_target = np.arange(len(ids)), ids
+    means = logits.mean(axis=1) if smoothing else 0.0
     np.exp(logits, out=logits)
     of_target = logits[at_target]
     logits[at_target] = 0.0
@@ -237,8 +258,13 @@ def _cross_entropy(logits: Array, ids: Array, num_masked: int) -> tuple[np.inexa
     factor = 1.0 / (num_masked * (others + of_target))
     logits *= factor[:, np.newaxis]
     logits[at_target] = -others * factor
+    losses = np.log1p(others / of_target)
+    if smoothing:
+        logits -= smoothing / (logits.shape[1] * num_masked)
+        logits[at_target] += smoothing / num_masked
+        losses = keep * losses + smoothing * (np.log(others + of_target) - means)
     # The dtype said: in a thread NumPy 2.1 turns float32 over an int into float64.
-    return logits.dtype.type(np.log1p(others / of_target).sum() / num_masked), logits
+    return logits.dtype.type(losses.sum() / num_masked), logits
 
 
 def _table_gradient(table: Array, tokens: Array, dx: Array) -> Array:

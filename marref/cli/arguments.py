@@ -1,0 +1,74 @@
+"""How a command line is read: one line for what is wrong with it, and the nearest name."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from marref import checks
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line, and that shows examples as they are written."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(
+            allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """Say on one line what is wrong, and exit with 2."""
+        print(f"{self.prog}: {message} (--help says more)", file=sys.stderr)
+        raise SystemExit(2)
+
+    def check_options(self, arguments: Sequence[str]) -> None:
+        """End with the nearest names if an option is none of this parser's."""
+        known = [name for name in self._option_string_actions if name.startswith("--")]
+        for argument in arguments:
+            if argument == "--":
+                return
+            name = argument.partition("=")[0]
+            # With a space it is taken for a value.
+            if name.startswith("--") and " " not in argument and name not in known:
+                self.error(checks.unknown_name(name, known))
+
+
+def examples(*lines: str) -> str:
+    """Write the end of a command's help."""
+    return "examples:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def integer(text: str) -> int:
+    """Read an integer."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"received {text}, expected an integer") from None
+
+
+def real(text: str) -> float:
+    """Read a number."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"received {text}, expected a number") from None
+
+
+def positive(text: str) -> int:
+    """Read an integer from 1 on."""
+    return _at_least(text, 1)
+
+
+def not_negative(text: str) -> int:
+    """Read an integer from 0 on."""
+    return _at_least(text, 0)
+
+
+def _at_least(text: str, minimum: int) -> int:
+    try:
+        value = int(text)
+    except ValueError:
+        value = minimum - 1
+    if value < minimum:
+        raise argparse.ArgumentTypeError(f"received {text}, expected an integer >= {minimum}")
+    return value

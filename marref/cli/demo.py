@@ -1,0 +1,44 @@
+"""``marref demo``: train on the digits that ship, and generate new ones."""
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from marref.cli import arguments
+
+_EXAMPLES = arguments.examples(
+    "marref demo",
+    "marref demo --quick --out digits",
+)
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser's."""
+    demo = commands.add_parser(
+        "demo",
+        help="train on 8x8 digits and generate new ones",
+        description="Train on 8x8 digits, measure on held-out ones, and generate new ones.",
+        epilog=_EXAMPLES,
+    )
+    demo.add_argument("--steps", type=arguments.positive, help="number of training steps")
+    demo.add_argument("--seed", type=arguments.not_negative, default=0, help="default: 0")
+    demo.add_argument(
+        "--out", type=Path, default=Path("marref-demo"), help="folder, default: marref-demo"
+    )
+    demo.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
+    demo.set_defaults(run=_run)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    from marref import demo
+
+    settings = demo.QUICK if parsed.quick else demo.DEFAULT
+    if parsed.steps is not None:
+        settings = dataclasses.replace(
+            settings,
+            num_steps=parsed.steps,
+            warmup_steps=min(settings.warmup_steps, parsed.steps - 1),
+        )
+    demo.run(settings, parsed.out, parsed.seed)
+    return 0

@@ -1,0 +1,73 @@
+"""``marref evaluate``: how many bits a run's model needs for tokens that it never saw."""
+
+import argparse
+import functools
+from pathlib import Path
+from typing import Any
+
+from marref import chance, data, fast, training
+from marref.cli import arguments
+from marref.training import runs
+from marref.trees import Array
+
+_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
+_EXAMPLES = arguments.examples(
+    "marref evaluate run", "marref evaluate run another-book.txt --num 1000"
+)
+
+
+def add(commands: Any) -> None:
+    """Add the command to the parser's."""
+    evaluate = commands.add_parser(
+        "evaluate",
+        help="measure a run on held-out data",
+        description="Measure the best checkpoint of a run: bits per masked token by mask ratio, "
+        "and the any-order bound on the likelihood.",
+        epilog=_EXAMPLES,
+    )
+    evaluate.add_argument("run_folder", metavar="RUN", type=Path, help="the folder of marref train")
+    evaluate.add_argument("data", nargs="*", help="default: what the run set aside of its data")
+    evaluate.add_argument(
+        "--num", type=arguments.positive, default=256, help="sequences at most, default: 256"
+    )
+    evaluate.add_argument("--seed", type=arguments.not_negative, default=0, help="default: 0")
+    evaluate.set_defaults(run=_run)
+
+
+def _run(parsed: argparse.Namespace) -> int:
+    checkpoint = runs.best(parsed.run_folder)
+    tokens = _tokens(parsed, checkpoint.config)
+    config = checkpoint.config
+    predict = functools.partial(
+        fast.logits,
+        config.model(checkpoint.vocab_size),
+        checkpoint.state.averaged,
+        num_threads=config.num_threads,
+    )
+    measure = {"batch_size": config.batch_size}
+    what = "given" if parsed.data else "held-out"
+    print(
+        f"{len(tokens):,} {what} sequences of {tokens.shape[1]} tokens, checkpoint of step "
+        f"{checkpoint.step:,}\n\n  mask ratio    bits per masked token    standard error"
+    )
+    for index, ratio in enumerate(_RATIOS):
+        rng = chance.generator(parsed.seed, "validation", index)
+        bits, error = training.masked_bits(predict, tokens, ratio, rng, **measure)
+        print(f"  {ratio:>10.0%}    {bits:21.3f}    {error:14.3f}", flush=True)
+    rng = chance.generator(parsed.seed, "validation", len(_RATIOS))
+    bits, error = training.any_order_bits(predict, tokens, rng, **measure)
+    print(f"\nany-order bound: at most {bits:.3f} bits per token, standard error {error:.3f}")
+    return 0
+
+
+def _tokens(parsed: argparse.Namespace, config: runs.Config) -> Array:
+    """Read sequences that do not overlap, evenly spread over the data."""
+    dataset: data.Dataset = runs.read_dataset(parsed.run_folder, parsed.data)
+    if not parsed.data:
+        if not config.validation_fraction:
+            raise ValueError("data: received none, and the run has set none aside")
+        _, dataset = dataset.split(config.validation_fraction, config.seed)
+    apart = len(dataset)
+    if dataset.is_stream:
+        apart = dataset.tokens.size // dataset.length
+    return runs.spread(dataset, min(apart, parsed.num))

@@ -1,0 +1,229 @@
+"""What a run is made with: the model and every option of its training."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from marref import checks, masking, optim
+from marref.fast import parallel
+from marref.model import MAR
+from marref.trees import Array
+
+DECAYED = ("matrices", "all")
+MASKED_PER = ("sequence", "batch")
+DTYPES = ("float32", "float64")
+
+
+class Codec(Protocol):
+    """What token ids mean; of `marref.data`."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as JSON can hold it."""
+
+
+class Dataset(Protocol):
+    """What training asks of data; see `marref.data.Dataset`."""
+
+    @property
+    def length(self) -> int:
+        """The length of the sequences."""
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of token ids, [MASK] included, which is 0."""
+
+    @property
+    def codec(self) -> Codec:
+        """What the ids mean."""
+
+    def __len__(self) -> int: ...
+
+    def rows(self, index: Array) -> Array:
+        """Return the sequences at some places: int64 [k, length]."""
+
+    def draw(self, rng: np.random.Generator, count: int) -> Array:
+        """Return sequences at random: int64 [count, length]."""
+
+    def split(self, fraction: float, seed: int) -> "tuple[Dataset, Dataset]":
+        """Return the data to train on and, apart from them, those to validate with."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """The options of a run; where ``None``, `resolved` fills in what fits the others and the data.
+
+    Parameters
+    ----------
+    embed_dim, num_layers, num_heads, dropout, gelu, positions
+        Of the model; see `marref.hyperparameters.Hyperparameters`.
+    seq_len : int, optional
+        The longest sequence of the model; ``None``: that of the data.
+    num_steps : int
+    batch_size : int
+        Sequences that are computed at once.
+    accumulate : int
+        Batches that make up a step.  Its loss is the mean over the masked positions of all of
+        them, so that ``accumulate=k`` is a batch that is k times as large, in less memory.
+    learning_rate : float, optional
+        The peak; see `marref.optim.warmup_cosine`.  ``None``: 1e-3·√(128/embed_dim), a rule of
+        thumb between a constant and the 1/width of Yang et al. 2022 (muP, arXiv 2203.03466).
+    warmup_steps : int, optional
+        ``None``: a twentieth of the steps.
+    weight_decay : float
+        As in AdamW; see `marref.optim`.  The default is nanoGPT's.
+    decay : {"matrices", "all"}
+        What decays: every array with two axes, the embedding table among them, and neither biases
+        nor norms (as nanoGPT's ``configure_optimizers``), or everything (PyTorch's one group).
+    max_norm : float
+        See `marref.optim.clip_by_global_norm`.
+    label_smoothing : float
+        See `marref.loss.uniform`.
+    average_decay : float, optional
+        d of the average of the parameters, a ← d a + (1 - d) θ after every step, which starts at
+        the initial parameters: after n steps these still have the weight dⁿ in it.  0: no average.
+        ``None``: 1 - 10/num_steps, at most 0.9999, which leaves them about e⁻¹⁰.
+    mask_schedule : str
+        See `marref.masking.sample_mask_ratio`.  Every ratio is as likely as another by default:
+        generating goes through all of them.
+    mask_per : {"sequence", "batch"}
+        What has a mask ratio of its own: every sequence, or every step.
+    dtype : {"float32", "float64"}
+    seed : int
+        Of everything that is drawn; see `marref.chance`.
+    validate_every, checkpoint_every : int, optional
+        In steps.  ``None``: ten times in a run.
+    keep : int
+        How many checkpoints are kept, the newest; beside them the best by validation.
+    validation_fraction : float
+        How much of the data to set aside, in [0, 1); 0: no validation.
+    num_threads : int, optional
+        ``None``: as many as pay and there are cores where the run starts.
+
+    Raises
+    ------
+    TypeError, ValueError
+        An option is of another type or outside its range.
+    """
+
+    embed_dim: int = 128
+    num_layers: int = 4
+    num_heads: int = 4
+    dropout: float = 0.1
+    gelu: str = "erf"
+    positions: str = "concatenated"
+    seq_len: int | None = None
+    num_steps: int = 2000
+    batch_size: int = 32
+    accumulate: int = 1
+    learning_rate: float | None = None
+    warmup_steps: int | None = None
+    weight_decay: float = 0.1
+    decay: str = "matrices"
+    max_norm: float = 1.0
+    label_smoothing: float = 0.0
+    average_decay: float | None = None
+    mask_schedule: str = "uniform"
+    mask_per: str = "sequence"
+    dtype: str = "float32"
+    seed: int = 0
+    validate_every: int | None = None
+    checkpoint_every: int | None = None
+    keep: int = 3
+    validation_fraction: float = 0.1
+    num_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        steps = checks.integer("num_steps", self.num_steps, 1, 2**32 - 1)
+        for name, minimum, maximum in (
+            ("batch_size", 1, None),
+            ("accumulate", 1, None),
+            ("seed", 0, 2**128 - 1),
+            ("keep", 1, None),
+            ("warmup_steps", 0, steps - 1),
+            ("validate_every", 1, None),
+            ("checkpoint_every", 1, None),
+            ("num_threads", 1, None),
+        ):
+            if getattr(self, name) is not None:
+                self._set(name, checks.integer(name, getattr(self, name), minimum, maximum))
+        for name, interval in (
+            ("learning_rate", "(0, inf)"),
+            ("weight_decay", "[0, inf)"),
+            ("max_norm", "(0, inf)"),
+            ("label_smoothing", "[0, 1)"),
+            ("average_decay", "[0, 1)"),
+            ("validation_fraction", "[0, 1)"),
+        ):
+            if getattr(self, name) is not None:
+                self._set(name, checks.real(name, getattr(self, name), interval))
+        checks.choice("decay", self.decay, DECAYED)
+        checks.choice("mask_per", self.mask_per, MASKED_PER)
+        checks.choice("mask_schedule", self.mask_schedule, masking.SCHEDULES)
+        checks.choice("dtype", self.dtype, DTYPES)
+        self._model(2, 1 if self.seq_len is None else self.seq_len)
+
+    @classmethod
+    def from_dict(cls, options: Mapping[str, Any]) -> "Config":
+        """Build one from what JSON or TOML hold; an unknown option names the nearest."""
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in known:
+                raise ValueError(f"config: {checks.unknown_name(name, known)}")
+        return cls(**options)
+
+    def resolved(self, dataset: Dataset) -> "Config":
+        """Fill in every ``None``."""
+        tenth = math.ceil(self.num_steps / 10)
+        length = dataset.length if self.seq_len is None else self.seq_len
+        features = self.batch_size * dataset.length * self.embed_dim
+        found: dict[str, Any] = {
+            "seq_len": length,
+            "learning_rate": 1e-3 * math.sqrt(128 / self.embed_dim),
+            "warmup_steps": self.num_steps // 20,
+            "average_decay": min(max(0.0, 1.0 - 10.0 / self.num_steps), 0.9999),
+            "validate_every": tenth,
+            "checkpoint_every": tenth,
+            "num_threads": parallel.choose(None, features, parallel.FEATURES_WORTH_A_THREAD),
+        }
+        missing = {name: found[name] for name in found if getattr(self, name) is None}
+        if length < dataset.length:
+            raise ValueError(
+                f"seq_len: received {length}, expected at least the length of the data's "
+                f"sequences, {dataset.length}"
+            )
+        return dataclasses.replace(self, **missing)
+
+    def model(self, vocab_size: int) -> MAR:
+        """Build the model of a resolved config for so many token ids."""
+        if self.seq_len is None:
+            raise ValueError("seq_len: received None, expected a config that is resolved")
+        return self._model(vocab_size, self.seq_len)
+
+    def learning_rate_at(self, step: int) -> float:
+        """Compute the learning rate of a resolved config after so many steps."""
+        if self.learning_rate is None or self.warmup_steps is None:
+            raise ValueError("learning_rate: received None, expected a config that is resolved")
+        return optim.warmup_cosine(
+            step,
+            peak=self.learning_rate,
+            warmup_steps=self.warmup_steps,
+            total_steps=self.num_steps,
+        )
+
+    def _model(self, vocab_size: int, seq_len: int) -> MAR:
+        return MAR(
+            vocab_size,
+            embed_dim=self.embed_dim,
+            num_layers=self.num_layers,
+            num_heads=self.num_heads,
+            seq_len=seq_len,
+            dropout=self.dropout,
+            gelu=self.gelu,
+            positions=self.positions,
+        )
+
+    def _set(self, name: str, value: float) -> None:
+        object.__setattr__(self, name, value)

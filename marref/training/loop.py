@@ -1,0 +1,305 @@
+"""The loop over data in memory, and the step of a run.
+
+`train` draws everything from one generator, one thing after the other.  `step`, of which
+`marref.training.runs` is made, draws by name (`marref.chance`): what a step draws depends on its
+number alone, so that a run that was stopped goes on as if it had not been.
+"""
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from marref import chance, checks, masking, optim, trees
+from marref.fast import adam_step, loss_and_grads
+from marref.masking import mask_tokens, sample_mask_ratio
+from marref.model import MAR, check_model
+from marref.training.config import Config, Dataset
+from marref.trees import Array, Tree
+
+
+@dataclasses.dataclass(frozen=True)
+class StepRecord:
+    """What happened in one training step.
+
+    Parameters
+    ----------
+    step : int
+        Counted from 1.
+    loss : float
+        Nats per masked token, on this step's batch.
+    grad_norm : float
+        Global norm of the gradient, before clipping.
+    learning_rate : float
+    tokens_per_second : float
+        Tokens of the batch, masked or not, over the step's wall-clock time.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    learning_rate: float
+    tokens_per_second: float
+
+
+def train(
+    model: MAR,
+    params: Tree,
+    tokens: npt.ArrayLike,
+    *,
+    num_steps: int,
+    batch_size: int,
+    learning_rate: float,
+    rng: np.random.Generator,
+    warmup_steps: int = 0,
+    weight_decay: float = 0.0,
+    max_norm: float = 1.0,
+    mask_schedule: str = "one-minus-cosine",
+    mask_token_id: int = 0,
+    on_step: Callable[[StepRecord], None] | None = None,
+    num_threads: int | None = None,
+) -> tuple[Tree, list[StepRecord]]:
+    """Train a model with AdamW on randomly masked sequences.
+
+    Every step draws a batch of sequences with replacement and a mask ratio for each of them.
+
+    Parameters
+    ----------
+    model : MAR
+    params : dict
+        Where to start; not written to.
+    tokens : integer array [num_sequences, length]
+        The data, without ``mask_token_id``.
+    num_steps, batch_size : int
+    learning_rate : float
+        The peak, reached after ``warmup_steps``; see `marref.optim.warmup_cosine`.
+    rng : numpy.random.Generator
+        Draws batches, masks and dropout.
+    warmup_steps : int
+    weight_decay : float
+        See `marref.optim.step`.
+    max_norm : float
+        Gradients are clipped to this global norm; see `marref.optim.clip_by_global_norm`.
+    mask_schedule : str
+        See `marref.masking.sample_mask_ratio`.
+    mask_token_id : int
+    on_step : callable, optional
+        Called with the record of every step, as it ends.
+    num_threads : int, optional
+        How many threads share each batch; see `marref.loss_and_grads`.  The same bits on every
+        machine need a number.
+
+    Returns
+    -------
+    params : dict
+        The trained parameters.
+    history : list of StepRecord
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument is of another type or outside its range.
+    FloatingPointError
+        Logits or gradients are no longer finite; the message says in which step.
+    """
+    check_model(model)
+    tokens = model.check_inputs(params, tokens)
+    checks.integer("num_steps", num_steps, 1)
+    checks.integer("batch_size", batch_size, 1)
+    checks.real("learning_rate", learning_rate, "(0, inf)")
+    checks.integer("warmup_steps", warmup_steps, 0, num_steps - 1)
+    checks.choice("mask_schedule", mask_schedule, masking.SCHEDULES)
+    checks.integer("mask_token_id", mask_token_id, 0, model.vocab_size - 1)
+    checks.no_mask_token("tokens", tokens, mask_token_id)
+    checks.generator("rng", rng)
+    if num_threads is not None:
+        checks.integer("num_threads", num_threads, 1)
+
+    params = trees.map_leaves(np.copy, params)
+    state = optim.init(params)
+    history = []
+    for step in range(num_steps):
+        start = time.perf_counter()
+        targets = tokens[rng.integers(len(tokens), size=batch_size)]
+        ratio = sample_mask_ratio(rng, mask_schedule, size=batch_size)
+        inputs, mask = mask_tokens(targets, ratio, rng, mask_token_id)
+        with _divergence_named(step):
+            loss, grads = loss_and_grads(
+                model, params, inputs, targets, mask, rng, num_threads=num_threads
+            )
+            grads, grad_norm = optim.clip_by_global_norm(grads, max_norm)
+        rate = optim.warmup_cosine(
+            step, peak=learning_rate, warmup_steps=warmup_steps, total_steps=num_steps
+        )
+        params, state = adam_step(
+            params, grads, state, rate, weight_decay=weight_decay, num_threads=num_threads
+        )
+        speed = targets.size / (time.perf_counter() - start)
+        history.append(StepRecord(step + 1, float(loss.real), grad_norm, rate, speed))
+        if on_step is not None:
+            on_step(history[-1])
+    return params, history
+
+
+class State(NamedTuple):
+    """What a run carries from step to step.
+
+    Parameters
+    ----------
+    params : dict
+    optimiser : dict
+        See `marref.optim.init`.
+    average : dict or None
+        The average of the parameters; ``None`` where the config has none.
+    """
+
+    params: Tree
+    optimiser: Tree
+    average: Tree | None
+
+    @property
+    def averaged(self) -> Tree:
+        """What to evaluate and to sample with: the average or, without one, the parameters."""
+        return self.params if self.average is None else self.average
+
+
+def init(config: Config, model: MAR) -> State:
+    """Make the state before the first step.
+
+    Parameters
+    ----------
+    config : Config
+        Resolved.
+    model : MAR
+        Kernels and the embedding table are drawn with the standard deviation 1/√embed_dim, which
+        lets a narrow model learn; see `MAR.init`.
+    """
+    rng = chance.generator(config.seed, "parameters")
+    params = model.init(rng, config.dtype, std=config.embed_dim**-0.5)
+    average = trees.map_leaves(np.copy, params) if config.average_decay else None
+    return State(params, optim.init(params), average)
+
+
+def step(
+    config: Config, model: MAR, dataset: Dataset, state: State, number: int
+) -> tuple[State, StepRecord]:
+    """Take a step of a run.
+
+    Parameters
+    ----------
+    config : Config
+        Resolved.
+    model : MAR
+    dataset : Dataset
+    state : State
+        Its arrays are written over.
+    number : int
+        How many steps were taken before.
+
+    Returns
+    -------
+    state : State
+        A function of the arguments and nothing else, to the bit.
+    record : StepRecord
+
+    Raises
+    ------
+    FloatingPointError
+        Logits or gradients are no longer finite: training diverged.
+    """
+    start = time.perf_counter()
+    batch = _batch(config, dataset, number)
+    with _divergence_named(number):
+        loss, grads = _loss_and_grads(config, model, state.params, batch, number)
+        grads, grad_norm = optim.clip_by_global_norm(grads, config.max_norm)
+    rate = config.learning_rate_at(number)
+    _decay(state.params, 1.0 - rate * config.weight_decay, config.decay)
+    params, optimiser = adam_step(
+        state.params, grads, state.optimiser, rate, num_threads=config.num_threads
+    )
+    if state.average is not None and config.average_decay:
+        _move(state.average, params, 1.0 - config.average_decay)
+    speed = batch.targets.size / (time.perf_counter() - start)
+    record = StepRecord(number + 1, loss, grad_norm, rate, speed)
+    return State(params, optimiser, state.average), record
+
+
+class _Batch(NamedTuple):
+    """All sequences of a step, [accumulate·batch_size, length]."""
+
+    inputs: Array
+    targets: Array
+    mask: Array
+
+
+def _batch(config: Config, dataset: Dataset, number: int) -> _Batch:
+    count = config.accumulate * config.batch_size
+    targets = dataset.draw(chance.generator(config.seed, "batch", number), count)
+    rng = chance.generator(config.seed, "mask", number)
+    ratio: float | Array
+    if config.mask_per == "batch":
+        ratio = sample_mask_ratio(rng, config.mask_schedule)
+    else:
+        ratio = sample_mask_ratio(rng, config.mask_schedule, size=count)
+    inputs, mask = mask_tokens(targets, ratio, rng)
+    return _Batch(inputs, targets, mask)
+
+
+def _loss_and_grads(
+    config: Config, model: MAR, params: Tree, batch: _Batch, number: int
+) -> tuple[float, Tree]:
+    """Compute those of the whole batch, batch_size sequences at a time.
+
+    The loss is a mean over masked positions, so each part has the weight of its share of them.
+    """
+    loss, sums = 0.0, trees.flatten({})
+    for part in range(config.accumulate):
+        rows = slice(part * config.batch_size, (part + 1) * config.batch_size)
+        inputs, targets, mask = (array[rows] for array in batch)
+        rng = chance.generator(config.seed, "dropout", number, part)
+        part_loss, grads = loss_and_grads(
+            model,
+            params,
+            inputs,
+            targets,
+            mask,
+            rng,
+            label_smoothing=config.label_smoothing,
+            num_threads=config.num_threads,
+        )
+        share = int(mask.sum()) / int(batch.mask.sum())
+        loss += share * float(part_loss)
+        for name, grad in trees.flatten(grads).items():
+            grad *= share
+            sums[name] = sums[name] + grad if part else grad
+    return loss, trees.unflatten(sums)
+
+
+def _decay(params: Tree, factor: float, decay: str) -> None:
+    """Multiply what decays: Adam's own part of a step does not depend on the parameters.
+
+    θ - η(m̂/(√v̂ + ε) + λθ) = (1 - ηλ)θ - η m̂/(√v̂ + ε)
+    """
+    for leaf in trees.flatten(params).values():
+        if decay == "all" or leaf.ndim >= 2:
+            leaf *= factor
+
+
+def _move(average: Tree, params: Tree, share: float) -> None:
+    """Take the average a to a + (1 - d)(θ - a), in place."""
+    leaves = trees.flatten(params)
+    for name, mean in trees.flatten(average).items():
+        mean += share * (leaves[name] - mean)
+
+
+@contextlib.contextmanager
+def _divergence_named(step: int) -> Iterator[None]:
+    """Call what is no longer finite by its name; whatever else goes wrong keeps its own."""
+    try:
+        yield
+    except (checks.NotFinite, FloatingPointError) as error:
+        raise FloatingPointError(f"training diverged in step {step + 1}: {error}") from error

@@ -1,0 +1,556 @@
+"""Runs: training into a folder, from which it goes on bit for bit if it is stopped.
+
+    config.json          every option, what the token ids mean, and which data it was
+    history.csv          a line a step
+    checkpoints/         the newest and the best; see `marref.training.checkpoints`
+    loss.png             at the end, with the extra ``viz``
+
+A step depends on the state before it and on its number (`marref.training.loop.step`), and a
+checkpoint holds the whole state.  So a run that was killed at any moment and resumed ends with the
+same parameters as one that never stopped.  Page: docs/training.md.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import json
+import os
+import signal
+import threading
+import warnings
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+
+from marref import chance, checks, data, fast, files, trees
+from marref.model import MAR
+from marref.training import checkpoints, loop
+from marref.training.checkpoints import Checkpoint
+from marref.training.config import Config, Dataset
+from marref.training.evaluation import bits_per_token
+from marref.training.loop import State, StepRecord
+from marref.trees import Array
+
+__all__ = [
+    "Config",
+    "Run",
+    "RunRecord",
+    "best",
+    "read_dataset",
+    "read_settings",
+    "resume",
+    "spread",
+    "start",
+]
+
+FORMAT = "marref-run-1"
+VALIDATION_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""The mask ratios over which the validation is the mean."""
+_VALIDATION_SEQUENCES = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord(StepRecord):
+    """What happened in one step of a run: a line of ``history.csv``.
+
+    Parameters
+    ----------
+    validation_bits : float or None
+        After the step, where validation is due: bits per masked token of the data that were set
+        aside, of the averaged parameters where there is an average; the mean over
+        `VALIDATION_RATIOS`, behind the same masks each time.
+    """
+
+    validation_bits: float | None = None
+
+
+class Run(NamedTuple):
+    """A run at its end.
+
+    Parameters
+    ----------
+    config : Config
+        Resolved.
+    model : MAR
+    state : State
+        ``params``, ``optimiser``, ``average``, and ``averaged``, to sample with.
+    history : list of RunRecord
+    """
+
+    config: Config
+    model: MAR
+    state: State
+    history: list[RunRecord]
+
+
+def start(
+    dataset: Dataset,
+    out: str | os.PathLike[str],
+    config: Config | None = None,
+    *,
+    source: Sequence[str] | None = None,
+    on_step: Callable[[RunRecord], None] | None = None,
+) -> Run:
+    """Train on a dataset into a new folder.
+
+    Parameters
+    ----------
+    dataset : Dataset
+        See `marref.data`.
+    out : path
+        Made if missing; must hold no run yet.
+    config : Config, optional
+        By default what `Config` says.
+    source : sequence of str, optional
+        Where the data lie; kept in config.json for `read_dataset`, and not compared.
+    on_step : callable, optional
+        Called with the record of every step, as it ends; may raise KeyboardInterrupt to stop.
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    TypeError, ValueError
+        The options do not fit the data, or the folder holds a run already.
+    OSError
+        Something cannot be written; the checkpoints before it are whole.
+    FloatingPointError
+        Training diverged; the message says what to change.
+    KeyboardInterrupt, SystemExit
+        SIGINT (Ctrl-C) or SIGTERM came, or ``on_step`` raised it: the step was ended and a
+        checkpoint written, from which `resume` goes on.  A second signal stops at once.
+    """
+    job = _job(dataset, Path(out), (config or Config()).resolved(dataset))
+    job.checkpoints.mkdir(parents=True, exist_ok=True)
+    with _alone(job.out):
+        if job.settings.exists() or checkpoints.found(job.checkpoints):
+            raise ValueError(f"{job.out}: holds a run already; resume it or choose another folder")
+        with files.replacing(job.settings) as temporary:
+            described = _described(job, dataset)
+            if source is not None:
+                described["source"] = list(source)
+            temporary.write_text(json.dumps(described, indent=2) + "\n", "utf-8")
+        return _go_on(job, on_step)
+
+
+def resume(
+    out: str | os.PathLike[str],
+    dataset: Dataset,
+    *,
+    on_step: Callable[[RunRecord], None] | None = None,
+) -> Run:
+    """Go on with a run from its newest checkpoint, or from its start if there is none yet.
+
+    Parameters
+    ----------
+    out : path
+        The folder of `start`.
+    dataset : Dataset
+        The same data as at the start.
+    on_step : callable, optional
+        As in `start`.
+
+    Returns
+    -------
+    Run
+        The same, to the bit, as that of a run that never stopped, but for its
+        ``tokens_per_second``: on the same machine, with the same versions of NumPy and SciPy.
+        The number of threads is that of the start, whatever machine goes on, since it decides in
+        which order numbers are added.  Of a run that had ended already, its result.
+
+    Raises
+    ------
+    ValueError
+        There is no run in the folder, the data are others, or all checkpoints are damaged.
+    OSError, FloatingPointError, KeyboardInterrupt, SystemExit
+        As in `start`.
+
+    Warns
+    -----
+    RuntimeWarning
+        The newest checkpoint is damaged, and the one before it is used.
+    """
+    settings = read_settings(out)
+    job = _job(dataset, Path(out), Config.from_dict(settings["config"]))
+    for name, found in _described(job, dataset).items():
+        if found != settings.get(name):
+            raise ValueError(
+                f"dataset: its {name} is {found}, expected {settings.get(name)} as in the run"
+            )
+    with _alone(job.out):
+        return _go_on(job, on_step)
+
+
+def read_settings(out: str | os.PathLike[str]) -> dict[str, Any]:
+    """Read a run's config.json.
+
+    Parameters
+    ----------
+    out : path
+        The folder of `start`.
+
+    Returns
+    -------
+    dict
+        ``config``, ``vocab_size``, ``codec``, ``data`` and, if it was told, ``source``.
+
+    Raises
+    ------
+    ValueError
+        The folder holds no run, or its config.json is damaged.
+    """
+    path = Path(out) / "config.json"
+    if not path.exists():
+        raise ValueError(f"{path.parent}: holds no run, since it has no {path.name}")
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: is no JSON ({error})") from error
+    if not isinstance(settings, dict) or settings.get("format") != FORMAT:
+        raise ValueError(f"{path}: is no {FORMAT}")
+    data_told = settings.get("data")
+    if not isinstance(data_told, dict) or not {"config", "codec"} <= settings.keys():
+        raise ValueError(f"{path}: is damaged, expected config, codec and data in it")
+    checks.integer(f"{path}: length", data_told.get("length"), 1)
+    return settings
+
+
+def read_dataset(out: str | os.PathLike[str], source: Sequence[str] | None = None) -> data.Dataset:
+    """Read data as those that a run was trained on: the same ids, in sequences of one length.
+
+    Parameters
+    ----------
+    out : path
+        The folder of `start`.
+    source : sequence of str, optional
+        See `marref.data.load`; by default that of the run.
+
+    Returns
+    -------
+    marref.data.Dataset
+
+    Raises
+    ------
+    OSError, TypeError, ValueError, ImportError
+        There is no run, it does not say where its data lie, or they cannot be read.
+    """
+    settings = read_settings(out)
+    source = source or settings.get("source")
+    if not source:
+        raise ValueError(f"{os.fspath(out)}: does not say where its data lie, expected them named")
+    return data.load(
+        source[0] if len(source) == 1 else source,
+        codec=data.codec_from_dict(settings["codec"]),
+        length=settings["data"]["length"],
+    )
+
+
+def best(out: str | os.PathLike[str]) -> Checkpoint:
+    """Read the checkpoint of a run to sample with.
+
+    Parameters
+    ----------
+    out : path
+        The folder of `start`.
+
+    Returns
+    -------
+    Checkpoint
+        The best by validation; the newest where none was validated or the best is damaged.
+
+    Raises
+    ------
+    ValueError
+        There is no run, no checkpoint yet, or all are damaged.
+
+    Warns
+    -----
+    RuntimeWarning
+        A checkpoint is damaged, and another is used.
+    """
+    read_settings(out)
+    folder = Path(out) / "checkpoints"
+    found = checkpoints.found(folder)
+    if not found:
+        raise ValueError(f"{os.fspath(out)}: has no checkpoint yet")
+    history = _read_history(Path(out) / "history.csv", max(found))
+    step = _best([record for record in history if record.step in found])
+    if step is not None:
+        try:
+            return checkpoints.load(found[step])
+        except ValueError as error:
+            warnings.warn(f"{error}; using the newest", RuntimeWarning, stacklevel=2)
+    newest = checkpoints.latest(folder)
+    assert newest is not None
+    return newest
+
+
+def spread(dataset: Dataset, count: int) -> Array:
+    """Take sequences that are evenly spread over the data.
+
+    Parameters
+    ----------
+    dataset : Dataset
+    count : int
+        At most; all if there are fewer.
+
+    Returns
+    -------
+    int64 array [count, length]
+    """
+    places = np.linspace(0, len(dataset) - 1, min(len(dataset), count))
+    return dataset.rows(places.astype(np.int64))
+
+
+class _Job(NamedTuple):
+    """What does not change during a run; ``held_out`` [count, length] is to validate with."""
+
+    out: Path
+    config: Config
+    model: MAR
+    train: Dataset
+    held_out: Array | None
+    codec: dict[str, Any]
+
+    @property
+    def settings(self) -> Path:
+        return self.out / "config.json"
+
+    @property
+    def history(self) -> Path:
+        return self.out / "history.csv"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.out / "checkpoints"
+
+
+def _job(dataset: Dataset, out: Path, config: Config) -> _Job:
+    model = config.model(dataset.vocab_size)
+    train, held_out = dataset, None
+    if config.validation_fraction:
+        train, validation = dataset.split(config.validation_fraction, config.seed)
+        held_out = spread(validation, _VALIDATION_SEQUENCES)
+    return _Job(out, config, model, train, held_out, dataset.codec.as_dict())
+
+
+def _described(job: _Job, dataset: Dataset) -> dict[str, Any]:
+    """Describe a run as config.json holds it: what must be the same when it goes on."""
+    sample = spread(dataset, 64)
+    data = {
+        "count": len(dataset),
+        "length": dataset.length,
+        "checksum": zlib.crc32(sample.astype("<i8").tobytes()),
+    }
+    return {
+        "format": FORMAT,
+        "config": dataclasses.asdict(job.config),
+        "vocab_size": dataset.vocab_size,
+        "codec": job.codec,
+        "data": data,
+    }
+
+
+def _go_on(job: _Job, on_step: Callable[[RunRecord], None] | None) -> Run:
+    """Train from the newest checkpoint to the end."""
+    for folder in (job.out, job.checkpoints):
+        files.remove_stale(folder)
+    newest = checkpoints.latest(job.checkpoints)
+    first = 0 if newest is None else newest.step
+    checkpoints.remove_after(job.checkpoints, first)
+    state = loop.init(job.config, job.model) if newest is None else newest.state
+    history = _shortened_history(job.history, first)
+    # A kill may have come between a checkpoint and the removal of an old one.
+    checkpoints.clean(job.checkpoints, job.config.keep, best=_best(history))
+    with _signals() as received:
+        for number in range(first, job.config.num_steps):
+            with _advice(job):
+                state, record = _step(job, state, number)
+                history.append(record)
+                _append(job.history, record)
+                saved = _is_due(job.config, history)
+                if saved:
+                    _save(job, state, history)
+            try:
+                if on_step is not None:
+                    on_step(record)
+                _stop_if_asked(received, record.step)
+            except (KeyboardInterrupt, SystemExit):
+                if not saved:
+                    _save(job, state, history)
+                raise
+    if importlib.util.find_spec("matplotlib"):
+        from marref import plots
+
+        plots.loss(job.out / "loss.png", list(history))
+    return Run(job.config, job.model, state, history)
+
+
+def _step(job: _Job, state: State, number: int) -> tuple[State, RunRecord]:
+    """Take a step, and validate where that is due."""
+    state, record = loop.step(job.config, job.model, job.train, state, number)
+    bits = None
+    if job.held_out is not None and _is_multiple(job.config, number + 1, "validate_every"):
+        bits = _validation_bits(job, job.held_out, state)
+    return state, RunRecord(**vars(record), validation_bits=bits)
+
+
+def _validation_bits(job: _Job, held_out: Array, state: State) -> float:
+    predict = functools.partial(
+        fast.logits, job.model, state.averaged, num_threads=job.config.num_threads
+    )
+    bits = [
+        bits_per_token(
+            predict,
+            held_out,
+            ratio,
+            chance.generator(job.config.seed, "validation", index),
+            batch_size=job.config.batch_size,
+        )
+        for index, ratio in enumerate(VALIDATION_RATIOS)
+    ]
+    return sum(bits) / len(bits)
+
+
+def _is_multiple(config: Config, step: int, option: str) -> bool:
+    """Whether a step is the last, or a multiple of what an option says."""
+    return step == config.num_steps or step % getattr(config, option) == 0
+
+
+def _is_due(config: Config, history: list[RunRecord]) -> bool:
+    """Whether a checkpoint is: every so often, at the end, and of what is best so far."""
+    record = history[-1]
+    is_best = record.validation_bits is not None and record.step == _best(history)
+    return is_best or _is_multiple(config, record.step, "checkpoint_every")
+
+
+def _best(history: list[RunRecord]) -> int | None:
+    """Return the step of the best validation, the first of equals."""
+    validated = [
+        (record.validation_bits, record.step)
+        for record in history
+        if record.validation_bits is not None
+    ]
+    return min(validated)[1] if validated else None
+
+
+def _save(job: _Job, state: State, history: list[RunRecord]) -> None:
+    """Write a checkpoint after the lines of the history that lead to it; remove old ones."""
+    for name, leaf in trees.flatten(state.params).items():
+        checks.finite(name, leaf)
+    with files.naming(job.history):
+        files.sync(job.history)
+    step = history[-1].step
+    checkpoints.save(
+        job.checkpoints, Checkpoint(step, state, job.config, job.model.vocab_size, job.codec)
+    )
+    checkpoints.clean(job.checkpoints, job.config.keep, best=_best(history))
+
+
+@contextlib.contextmanager
+def _advice(job: _Job) -> Iterator[None]:
+    """Say of a run that diverged what to change, and where it was still good."""
+    try:
+        yield
+    except (FloatingPointError, checks.NotFinite) as error:
+        steps = checkpoints.found(job.checkpoints)
+        good = f"the last good checkpoint is {steps[max(steps)]}" if steps else "no checkpoint yet"
+        config = job.config
+        raise FloatingPointError(
+            f"{error}; {good}; start anew with a lower learning_rate (it was "
+            f"{config.learning_rate:.3g}), more warmup_steps ({config.warmup_steps}) or a lower "
+            f"max_norm ({config.max_norm:g})"
+        ) from error
+
+
+@contextlib.contextmanager
+def _alone(out: Path) -> Iterator[None]:
+    """Let no other process train into the folder."""
+    with contextlib.ExitStack() as stack:
+        try:
+            stack.enter_context(files.locked(out))
+        except BlockingIOError as error:
+            raise ValueError(f"{out}: another process is training into it") from error
+        yield
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collect the signals that ask to stop; the second one stops at once.
+
+    Only the main thread may; elsewhere signals do what they did.
+    """
+    received: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        if len(received) > 1:
+            raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            # What is ignored, as under nohup, stays ignored.
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, note)
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _stop_if_asked(received: list[int], step: int) -> None:
+    if signal.SIGTERM in received:
+        raise SystemExit(128 + signal.SIGTERM)
+    if received:
+        raise KeyboardInterrupt(f"stopped after step {step}, from which resume goes on")
+
+
+def _read_history(path: Path, last: int) -> list[RunRecord]:
+    """Read the history up to a step."""
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+        return list(_records(file, last))
+
+
+def _shortened_history(path: Path, last: int) -> list[RunRecord]:
+    """Read the history up to a step, and cut off what is behind it."""
+    records = _read_history(path, last)
+    columns = [field.name for field in dataclasses.fields(RunRecord)]
+    lines = [_line(columns), *(_line(dataclasses.astuple(record)) for record in records)]
+    with files.replacing(path) as temporary:
+        temporary.write_text("".join(lines), "utf-8", newline="")
+    return records
+
+
+def _records(file: TextIO, last: int) -> Iterator[RunRecord]:
+    """Read lines up to a step, or to the first that was not written whole."""
+    next(file, None)
+    for line in file:
+        try:
+            step, loss, norm, rate, speed, bits = line.rstrip("\n").split(",")
+            numbers = float(loss), float(norm), float(rate), float(speed)
+            record = RunRecord(int(step), *numbers, float(bits) if bits else None)
+        except ValueError:
+            return
+        if record.step > last:
+            return
+        yield record
+
+
+def _append(path: Path, record: RunRecord) -> None:
+    """Add a line at once, so that a kill leaves whole lines."""
+    with files.naming(path), path.open("a", encoding="utf-8", newline="") as file:
+        file.write(_line(dataclasses.astuple(record)))
+
+
+def _line(values: Iterable[Any]) -> str:
+    return ",".join("" if value is None else str(value) for value in values) + "\n"

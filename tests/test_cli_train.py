@@ -1,0 +1,442 @@
+"""`marref train`, `sample` and `evaluate`, on texts and runs of a moment."""
+
+import io
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+import marref
+from marref import cli, trees
+from marref.cli import sample
+from marref.data.codecs import Bytes, Characters
+from marref.training import checkpoints, runs
+from tests.test_runs import without_pictures
+
+TEXT = "the quick brown fox jumps over the lazy dog, and the dog_s tail\n" * 40
+TINY = [
+    *("--num-steps", "8", "--embed-dim", "8", "--num-layers", "1", "--num-heads", "2"),
+    *("--batch-size", "4", "--num-threads", "1", "--checkpoint-every", "3"),
+    *("--average-decay", "0.5"),
+]
+SMALL = [*TINY, "--validate-every", "4", "--length", "16", "--kind", "characters"]
+
+
+@pytest.fixture(autouse=True)
+def no_pictures():
+    with without_pictures():
+        yield
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "text.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def run(text, tmp_path_factory):
+    """A run that nobody stopped."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    with without_pictures():
+        assert cli.main(["train", str(text), "--out", str(out), *SMALL]) == 0
+    return out
+
+
+def copied(run, tmp_path, change):
+    """Copy a run's config.json, changed, and its checkpoints."""
+    settings = json.loads((run / "config.json").read_text())
+    change(settings)
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
+    return tmp_path
+
+
+def said(capsys, *arguments, status=0):
+    assert cli.main([str(argument) for argument in arguments]) == status
+    return capsys.readouterr().out
+
+
+# Training.
+
+
+def test_training_says_what_it_does(text, tmp_path, capsys):
+    lines = said(capsys, "train", text, "--out", tmp_path / "run", *SMALL).splitlines()
+    assert re.match(r"Training [\d,]+ parameters .* 8 steps of 4 sequences\.", lines[0])
+    assert lines[1].startswith(f"Data: {len(TEXT):,} tokens of {len(set(TEXT))} kinds, ")
+    assert re.match(r"step 4/8: validation \d\.\d{3} bits per token, the best so far$", lines[2])
+    progress = r"step 8/8: loss \d\.\d{3}, \d\.\d{3} bits per token, [\d,]+ tokens/s, 0:00 left$"
+    assert re.match(progress, lines[3])
+    assert lines[4].startswith("step 8/8: validation")
+    assert lines[5] == f"Done. Sample from it: marref sample {tmp_path / 'run'}"
+
+
+def test_in_a_terminal_progress_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    seconds = iter([0.0, 1.0, 1.1, 2.0])
+    monkeypatch.setattr(cli.train.time, "monotonic", lambda: next(seconds))
+    progress = cli.train._Progress(100)
+    for step in (1, 2, 3):
+        progress(runs.RunRecord(step, 2.0, 1.0, 0.1, 5000.0, 3.5 if step == 3 else None))
+    printed = capsys.readouterr().out
+    assert printed.count("\n") == 1
+    assert printed.startswith(
+        "step 1/100: loss 2.000, 2.885 bits per token, 5,000 tokens/s, 1:39 left\x1b[K\r"
+        "step 3/100: loss"
+    )
+
+
+def test_the_command_line_is_over_the_file_of_options(text, tmp_path):
+    (tmp_path / "o.toml").write_text("num_steps = 2\nembed_dim = 4\nnum_heads = 1\nnum_layers = 1")
+    options = ["--config", str(tmp_path / "o.toml"), "--embed-dim", "6", "--decay", "all"]
+    assert cli.main(["train", str(text), "--out", str(tmp_path / "run"), *options]) == 0
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert [config[name] for name in ("num_steps", "embed_dim", "decay")] == [2, 6, "all"]
+
+
+def interrupting(step, number):
+    """Progress after which a signal comes."""
+
+    def on_step(self, record):
+        if record.step == step:
+            os.kill(os.getpid(), number)
+
+    return on_step
+
+
+@pytest.mark.parametrize("data_named", [True, False])
+def test_a_run_that_was_interrupted_goes_on_as_if_it_had_not_been(
+    text, run, tmp_path, capsys, monkeypatch, data_named
+):
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patch:
+        patch.setattr(cli.train._Progress, "__call__", interrupting(5, signal.SIGINT))
+        printed = said(capsys, "train", text, "--out", out, *SMALL, status=130)
+    assert (
+        f"after step 5, from which resume goes on; go on with: marref train --out {out}" in printed
+    )
+    assert max(checkpoints.found(out / "checkpoints")) == 5
+    assert cli.main(["train", *[str(text)] * data_named, "--out", str(out), "--resume"]) == 0
+    found, expected = (checkpoints.latest(path / "checkpoints").state for path in (out, run))
+    for name, leaf in trees.flatten(expected.average).items():
+        np.testing.assert_array_equal(trees.flatten(found.average)[name], leaf, err_msg=name)
+
+
+def test_sigterm_leaves_a_checkpoint_as_ctrl_c_does(text, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli.train._Progress, "__call__", interrupting(2, signal.SIGTERM))
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["train", str(text), "--out", str(tmp_path / "run"), *SMALL])
+    assert exit_.value.code == 128 + signal.SIGTERM
+    assert "--resume" in capsys.readouterr().out
+    assert max(checkpoints.found(tmp_path / "run" / "checkpoints")) == 2
+
+
+def test_ctrl_c_in_a_process_of_its_own_prints_no_traceback(text, tmp_path):
+    command = [sys.executable, "-m", "marref", "train", str(text), "--out", str(tmp_path / "run")]
+    many = [*SMALL, "--num-steps", "1000000"]
+    with subprocess.Popen(
+        [*command, *many], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        history = tmp_path / "run" / "history.csv"
+        deadline = time.monotonic() + 60
+        while not (history.exists() and history.read_text().count("\n") > 2):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, "")
+    assert "--resume" in printed
+    assert checkpoints.found(tmp_path / "run" / "checkpoints")
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+def test_a_run_that_diverges_says_what_to_change(text, tmp_path, capsys):
+    options = [*SMALL, "--learning-rate", "1e30", "--warmup-steps", "0"]
+    assert cli.main(["train", str(text), "--out", str(tmp_path / "run"), *options]) == 1
+    error = capsys.readouterr().err
+    assert "diverged" in error
+    assert "lower learning_rate (it was 1e+30)" in error
+
+
+# Sampling.
+
+
+def test_a_sample_does_not_depend_on_how_many_there_are(run, capsys):
+    few, many = (said(capsys, "sample", run, "--num", num) for num in (2, 3))
+    assert many.startswith(few)
+    assert "--- 3\n" in many
+    assert said(capsys, "sample", run, "--num", 2, "--seed", 1) != few
+    assert len(set(re.split("--- .\n", many))) == 4
+
+
+def test_a_prompt_is_kept_and_its_blanks_are_filled(run, capsys):
+    printed = said(capsys, "sample", run, "--num", 3, "--prompt", r"fox\_s d_g _")
+    samples = re.findall(r"--- \d\n(fox_s d(?s:.)g (?s:.))\n", printed)
+    assert len(samples) == 3
+    alphabet = set(TEXT)
+    assert all(sample[7] in alphabet and sample[10] in alphabet for sample in samples)
+
+
+def test_every_step_is_shown_with_blanks(run, capsys):
+    options = ["--num", 1, "--show-steps", "--steps", 3, "--schedule", "linear"]
+    printed = said(capsys, "sample", run, "--prompt", "a______", *options)
+    stages = re.split(r"--- 1, step \d/3\n", printed)[1:]
+    assert [stage.count("_") for stage in stages[:2]] == [4, 2]
+    assert all(stage.startswith("a") for stage in stages)
+
+
+def test_what_a_sample_is_drawn_with(run, monkeypatch, capsys):
+    seen = []
+
+    def decode(*args, **options):
+        seen.append([options[name] for name in ("order", "choice_temperature", "num_steps")])
+        return np.ones((1, 16), int), {"tokens": np.ones((1, 1, 16), int)}
+
+    monkeypatch.setattr(marref, "iterative_decode", decode)
+    for options in (
+        [],
+        ["--order", "confidence"],
+        ["--choice-temperature", "2"],
+        ["--order", "confidence", "--choice-temperature", "0", "--steps", "5"],
+    ):
+        assert cli.main(["sample", str(run), "--num", "1", *options]) == 0
+    assert seen == [
+        ["random", 0.0, 16],
+        ["confidence", 4.5, 16],
+        ["confidence", 2.0, 16],
+        ["confidence", 0.0, 5],
+    ]
+
+
+def test_samples_are_written_as_ids_that_can_be_loaded_and_as_text(run, tmp_path, capsys):
+    for name in ("s.npy", "s.txt"):
+        assert f"Wrote 3 to {tmp_path / name}." in said(
+            capsys, "sample", run, "--num", 3, "--out", tmp_path / name
+        )
+    codec = marref.data.codec_from_dict(json.loads((run / "config.json").read_text())["codec"])
+    dataset = marref.data.load(tmp_path / "s.npy", num_ids=codec.num_ids)
+    texts = codec.decode(dataset.rows(range(3)))
+    assert (tmp_path / "s.txt").read_text() == "\n".join(texts) + "\n"
+
+
+def test_the_averaged_parameters_of_the_best_checkpoint_are_used(run, tmp_path, monkeypatch):
+    out = copied(run, tmp_path, lambda settings: None)
+    lines = [line.split(",") for line in (run / "history.csv").read_text().splitlines()]
+    # Of the two that were validated, the earlier one is now the best, and a third is gone.
+    for step, bits in (4, "0.5"), (5, "0.1"):
+        lines[step][-1] = bits
+    (out / "history.csv").write_text("".join(",".join(line) + "\n" for line in lines))
+    seen = []
+
+    def decode(model, params, **options):
+        seen.append(params)
+        return np.ones((1, 16), int), {"tokens": np.ones((1, 1, 16), int)}
+
+    monkeypatch.setattr(marref, "iterative_decode", decode)
+    assert cli.main(["sample", str(out), "--num", "1"]) == 0
+    state = checkpoints.load(checkpoints.found(out / "checkpoints")[4]).state
+    expected, found = trees.flatten(state.average), trees.flatten(seen[0])
+    assert all(np.array_equal(found[name], leaf) for name, leaf in expected.items())
+    assert not np.array_equal(found["head.kernel"], trees.flatten(state.params)["head.kernel"])
+
+
+@pytest.mark.filterwarnings("default::RuntimeWarning")
+def test_a_damaged_best_checkpoint_is_passed_over_with_one_line(text, tmp_path, capsys):
+    out = tmp_path / "run"
+    said(capsys, "train", text, "--out", out, *SMALL)
+    best = checkpoints.found(out / "checkpoints")[runs.best(out).step]
+    content = bytearray(best.read_bytes())
+    content[-5] ^= 1
+    best.write_bytes(content)
+    assert cli.main(["sample", str(out), "--num", "1"]) == 0
+    error = capsys.readouterr().err
+    assert error.startswith("marref: warning: ")
+    assert error.count("\n") <= 2
+
+
+def test_a_blank_is_an_underscore_without_a_backslash():
+    codec = Characters("\\_ab")
+    tokens = sample.prompt_tokens(r"a_\_b\a", codec, 10)
+    assert tokens.tolist() == [3, 0, 2, 4, 1, 3]
+    assert sample.prompt_tokens("ö_", Bytes(), 10).tolist() == [0xC3 + 1, 0xB6 + 1, 0]
+
+
+def test_pictures_are_drawn_in_characters_and_to_a_file(tmp_path, capsys):
+    out = tmp_path / "digits"
+    said(capsys, "train", "digits", "--out", out, *TINY, "--num-steps", 1)
+    printed = said(capsys, "sample", out, "--num", 1, "--steps", 2, "--show-steps")
+    stages = re.split(r"--- 1, step \d/2\n", printed)[1:]
+    assert [stage.count("\n") for stage in stages] == [8, 8]
+    assert "__" in stages[0]
+    assert "_" not in stages[1]
+    pytest.importorskip("matplotlib")
+    said(capsys, "sample", out, "--num", 5, "--steps", 2, "--out", tmp_path / "s.png")
+    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_output_that_lacks_a_character_gets_an_escape(run, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, "ascii"))
+    monkeypatch.setattr(sample, "shown", lambda codec, tokens: "Δ")
+    assert cli.main(["sample", str(run), "--num", "1"]) == 0
+    sys.stdout.flush()
+    assert raw.getvalue() == b"--- 1\n\\u0394\n"
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(run):
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "marref", "sample", str(run), "--num", "1"]
+    with open(writing, "wb") as closed:
+        done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_no_control_character_reaches_the_terminal():
+    assert sample.shown(Bytes(), Bytes().encode("a\x1b[2J\tb\n")) == "a�[2J\tb\n"
+
+
+# Evaluation.
+
+
+def test_evaluation_prints_a_table_and_the_bound(run, text, capsys):
+    printed = said(capsys, "evaluate", run)
+    ratios = re.findall(r"^ +(\d+)% +\d\.\d{3} +\d\.\d{3}$", printed, re.MULTILINE)
+    assert ratios == ["10", "30", "50", "70", "90", "100"]
+    assert re.search(r"at most \d\.\d{3} bits per token, standard error \d\.\d{3}$", printed)
+    count = round(len(TEXT) * 0.1) // 16
+    assert printed.startswith(f"{count} held-out sequences of 16 tokens, checkpoint of step ")
+    assert said(capsys, "evaluate", run) == printed
+    other = said(capsys, "evaluate", run, text, "--num", 20)
+    assert other.startswith("20 given sequences of 16 tokens")
+
+
+def test_sequences_that_are_measured_do_not_overlap(run, capsys, monkeypatch):
+    taken = []
+    original = runs.spread
+
+    def spread(dataset, count):
+        places = np.linspace(0, len(dataset) - 1, count).astype(int)
+        taken.append(int(np.diff(places).min()))
+        return original(dataset, count)
+
+    monkeypatch.setattr(runs, "spread", spread)
+    said(capsys, "evaluate", run)
+    assert taken[0] >= 16
+
+
+# What is wrong is one line, and nothing is written.
+
+BAD = {
+    "no such file": ("train nowhere.txt --out out", "nowhere.txt"),
+    "no data": ("train --out out", "data: received none"),
+    "no folder": ("train TEXT", "--out"),
+    "an option that is misspelt": ("train TEXT --out out --num-step 3", "nearest: --num-steps"),
+    "an underscore": ("train TEXT --out out --num_steps 3", "nearest: --num-steps"),
+    "no number": ("train TEXT --out out --num-steps many", "received many, expected an integer"),
+    "no real number": ("train TEXT --out out --dropout x", "received x, expected a number"),
+    "out of range": ("train TEXT --out out --batch-size 0", "batch_size: received 0"),
+    "no dropout": ("train TEXT --out out --dropout 1.5", "dropout: received 1.5"),
+    "heads that do not fit": ("train TEXT --out out --num-heads 3", "num_heads"),
+    "not finite": ("train TEXT --out out --learning-rate nan", "learning_rate: received nan"),
+    "an unknown kind": ("train TEXT --out out --kind words", "kind: received 'words'"),
+    "levels of text": ("train TEXT --out out --levels 4", "levels: received for bytes"),
+    "windows that are too long": ("train TEXT --out out --length 5000", "length + 1"),
+    "a sequence too long": ("train TEXT --out out --seq-len 4", "seq_len: received 4"),
+    "an empty file": ("train EMPTY --out out", "empty.txt"),
+    "no TOML": ("train TEXT --out out --config TEXT", "is no TOML"),
+    "an unknown option in TOML": ("train TEXT --out out --config TOML", "nearest: num_steps"),
+    "a folder that is a file": ("train TEXT --out TEXT", "text.txt"),
+    "a folder that holds a run": ("train TEXT --out RUN", "holds a run already"),
+    "no run to go on with": ("train --out out --resume", "holds no run"),
+    "other options": ("train --out RUN --resume --num-steps 9", "--num-steps: received with"),
+    "other data": ("train HALF --out RUN --resume", "dataset: its data"),
+    "no run to sample": ("sample out", "holds no run"),
+    "no samples": ("sample RUN --num 0", "received 0, expected an integer >= 1"),
+    "an unknown order": ("sample RUN --order left", "invalid choice"),
+    "no temperature": ("sample RUN --temperature 0", "temperature: received 0"),
+    "noise in random order": (
+        "sample RUN --order random --choice-temperature 2",
+        "choice_temperature",
+    ),
+    "a prompt without blanks": ("sample RUN --prompt fox", "has no _"),
+    "a prompt that is too long": ("sample RUN --prompt fox______________", "at most 16"),
+    "a character that is unknown": ("sample RUN --prompt Z_", "'Z' (U+005A)"),
+    "an unknown suffix": ("sample RUN --out s.pdf", "suffix"),
+    "a folder that does not exist": ("sample RUN --out no/s.npy", "folder does not exist"),
+    "a picture of text": ("sample RUN --out s.png", "expected .npy"),
+    "no run to measure": ("evaluate out", "holds no run"),
+    "data with other characters": ("evaluate RUN OTHER", "is not in the alphabet"),
+    "a misspelt command": ("trian TEXT --out out", "nearest: train"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_wrong_is_one_line(case, run, text, tmp_path, capsys, monkeypatch):
+    command, message = BAD[case]
+    (tmp_path / "empty.txt").touch()
+    (tmp_path / "o.toml").write_text("num_step = 3")
+    (tmp_path / "other.txt").write_text("UPPER CASE " * 300)
+    (tmp_path / "half.txt").write_text(TEXT[: len(TEXT) // 2])
+    paths = {"TEXT": text, "RUN": run, "EMPTY": "empty.txt", "TOML": "o.toml"}
+    paths |= {"OTHER": "other.txt", "HALF": "half.txt"}
+    monkeypatch.chdir(tmp_path)
+    before = sorted(os.listdir(tmp_path)), sorted(run.rglob("*"))
+    try:
+        status = cli.main([str(paths.get(word, word)) for word in command.split()])
+    except SystemExit as exit_:
+        status = exit_.code
+    assert status == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+    assert "Traceback" not in error
+    assert (sorted(os.listdir(tmp_path)), sorted(run.rglob("*"))) == before
+
+
+def test_too_little_memory_is_one_line(text, tmp_path, capsys, monkeypatch):
+    def start(*args, **options):
+        raise MemoryError
+
+    monkeypatch.setattr(runs, "start", start)
+    assert cli.main(["train", str(text), "--out", str(tmp_path / "run"), *SMALL]) == 2
+    assert capsys.readouterr().err == "marref: MemoryError\n"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda settings: settings.pop("data"), "is damaged"),
+        (lambda settings: settings["data"].update(length="x"), "expected an integer"),
+        (lambda settings: settings.pop("source"), "does not say where its data lie"),
+        (lambda settings: settings.update(format=3), "is no marref-run-1"),
+    ],
+)
+def test_a_damaged_config_is_one_line(run, tmp_path, capsys, change, message):
+    out = copied(run, tmp_path, change)
+    assert cli.main(["evaluate", str(out)]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--version"])
+    assert (exit_.value.code, capsys.readouterr().out) == (0, f"marref {marref.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    "command", ["train", "sample", "evaluate", "demo", "check", "golden", "compare"]
+)
+def test_the_help_of_a_command_ends_with_examples(command, capsys):
+    with pytest.raises(SystemExit):
+        cli.main([command, "--help"])
+    assert f"examples:\n  marref {command}" in capsys.readouterr().out
