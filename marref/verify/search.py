@@ -201,8 +201,10 @@ class Search:
         by_reach: dict[int, list[_Judged]] = {}
         for result in gaining[:_WIDTH]:
             judged = self._judge(result.faults)
-            explained = [] if judged is None else self._explained(judged)
-            if judged is not None and self._telling(explained) and self._needed(judged, explained):
+            if judged is None or judged.left.agrees:
+                continue
+            explained = self._explained(judged)
+            if self._telling(explained) and self._needed(judged, explained):
                 by_reach.setdefault(len(explained), []).append(judged)
         if not by_reach:
             return None
