@@ -214,6 +214,7 @@ def test_every_perturbation_is_one(vectors):
 
 
 def test_answers_are_scored():
+    pytest.importorskip("torch")
     from benchmarks.diagnosis import score
     from marref.verify.diagnosis import Diagnosis, Explanation
     from marref.verify.faults import Fault

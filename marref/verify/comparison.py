@@ -515,7 +515,9 @@ def _raise_to(
 ) -> None:
     """Raise the errors of arrays to those of one more run; of what it lacks, to infinity."""
     for name, error in errors.items():
-        this = measure.difference(found[name], expected[name]) if name in found else math.inf
+        this = math.inf
+        if name in found:
+            this = measure.difference(*measure.without_common_nan(found[name], expected[name]))
         errors[name] = max(error, this)
 
 

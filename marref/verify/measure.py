@@ -20,6 +20,12 @@ def difference(actual: Array, expected: Array) -> float:
     return float(np.where(np.isfinite(distance), distance, np.inf).max(initial=0.0))
 
 
+def without_common_nan(one: Array, other: Array) -> tuple[Array, Array]:
+    """Put 0 where both arrays are NaN: what is NaN by the same mistake does not differ."""
+    both = np.isnan(one) & np.isnan(other)
+    return np.where(both, 0.0, one), np.where(both, 0.0, other)
+
+
 def largest(*arrays: Array) -> float:
     """Return the largest |entry| of all the arrays; 0 if they have none."""
     sizes = (np.abs(array.astype(np.float64)).max(initial=0.0) for array in arrays)

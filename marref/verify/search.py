@@ -119,11 +119,15 @@ class _Result(NamedTuple):
 
 
 class _Judged(NamedTuple):
-    """What marref computes with some faults, and the given arrays compared with that."""
+    """What marref computes with some faults, and the given arrays compared with that.
+
+    ``near`` is that of the `_Result` by which they were chosen.
+    """
 
     faults: Together
     computed: dict[str, Array]
     left: Comparison
+    near: bool
 
     @property
     def ratio(self) -> float:
@@ -188,9 +192,8 @@ class Search:
 
     def near(self) -> list[Explanation]:
         """List what came near all arrays, and not within budget; best first."""
-        near = [result for result in self.tried.values() if result.near]
-        near.sort(key=lambda result: result.ratio)
-        return [Explanation(result.faults, result.ratio) for result in near]
+        near = [one for one in self.judged.values() if not one.left.agrees and one.near]
+        return [Explanation(one.faults, one.ratio) for one in sorted(near, key=lambda x: x.ratio)]
 
     def partial(self) -> Partial | None:
         """Find what explains the arrays up to the furthest, if anything explains the first."""
@@ -345,7 +348,8 @@ class Search:
                 budget = min(budget, max(2.0 * row.difference, budget / 4.0))
             rows.append(_row(row.name, self.arrays[row.name], expected[row.name], budget))
         left = dataclasses.replace(self.comparison, rows=tuple(rows))
-        self.judged[key] = _Judged(together, computed, left)
+        near = key in self.tried and self.tried[key].near
+        self.judged[key] = _Judged(together, computed, left, near)
         return self.judged[key]
 
     def _compute(self, together: Together, names: Mapping[str, Any]) -> dict[str, Array] | None:
@@ -456,17 +460,12 @@ def _row(name: str, yours: Array, expected: Array, budget: float) -> Row:
     """Compare as `comparison.row_of`, but that NaN is no difference to NaN."""
     if yours.shape != expected.shape:
         return Row(name, yours.shape, math.inf, math.inf, budget)
-    return row_of(name, *_without_common_nan(yours, expected), budget)
+    return row_of(name, *measure.without_common_nan(yours, expected), budget)
 
 
 def _distance(actual: Array, expected: Array) -> float:
     """Return the largest difference; NaN is no difference to NaN."""
-    return measure.difference(*_without_common_nan(actual, expected))
-
-
-def _without_common_nan(one: Array, other: Array) -> tuple[Array, Array]:
-    both = np.isnan(one) & np.isnan(other)
-    return np.where(both, 0.0, one), np.where(both, 0.0, other)
+    return measure.difference(*measure.without_common_nan(actual, expected))
 
 
 def _same(actual: Array, expected: Array) -> bool:
