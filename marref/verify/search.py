@@ -179,7 +179,7 @@ class Search:
     def explanations(self, most_together: int) -> list[Explanation]:
         """Find what explains all arrays, with as few faults as possible; best first."""
         self._try(())
-        for size in range(1, most_together + 1):
+        for size in range(1, min(most_together, 2 if self.thin else 3) + 1):
             sets = self._sets(size)
             results = []
             for done, together in enumerate(sets):
