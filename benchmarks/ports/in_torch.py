@@ -561,12 +561,13 @@ class TorchPort:
         return arrays
 
     def schedules(self) -> dict[str, np.ndarray]:
-        return {
-            f"schedule/{name}/{masked}/{steps}": np.array(self.counts(name, masked, steps))
-            for name in ("cosine", "linear")
-            for masked in (5, 16, 64, 256)
-            for steps in (1, 3, 8, 12)
-        }
+        arrays = {}
+        for name in self.metadata["order"]:
+            section, *rest = name.split("/")
+            if section == "schedule":
+                kind, masked, steps = rest
+                arrays[name] = np.array(self.counts(kind, int(masked), int(steps)))
+        return arrays
 
 
 SECTIONS = (
