@@ -152,7 +152,8 @@ def test_a_bomb_is_refused_before_it_is_inflated(tmp_path, monkeypatch):
 
 def test_metadata_are_not_inflated_without_bound(tmp_path, suffix):
     path = tmp_path / f"x{suffix}"
-    files.save(path, {}, {"long": "x" * 10**6})
+    # safetensors 0.4 writes no JSON where there are no arrays.
+    files.save(path, {"x": np.zeros(1)}, {"long": "x" * 10**6})
     assert files.load_metadata(path, max_bytes=2 * 10**6) == {"long": "x" * 10**6}
     with pytest.raises(ValueError, match="expected at most 1,000"):
         files.load_metadata(path, max_bytes=1000)
