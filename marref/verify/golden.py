@@ -28,7 +28,7 @@ import fnmatch
 import functools
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -195,13 +195,13 @@ def stages(
     """
 
     @functools.cache
-    def gradients() -> tuple[np.inexact, Tree, dict[str, Array]]:
-        return _gradients(model, params, batch)
+    def passes() -> _Passes:
+        return _passes(model, params, batch)
 
     return {
         "activations/": lambda: _forward(model, params, batch),
-        "loss": lambda: {"loss": np.asarray(gradients()[0])},
-        ("gradients/", "activation_gradients/"): lambda: gradients()[2],
+        "loss": lambda: {"loss": np.asarray(passes().loss)},
+        ("gradients/", "activation_gradients/"): lambda: _last_layer_first(model, params, passes()),
         **{
             f"{name}/": functools.partial(_optimise, model, params, batch, nudge, name, options)
             for name, options in OPTIMISERS.items()
@@ -328,14 +328,25 @@ def _forward(model: MAR, params: Tree, batch: dict[str, Array]) -> dict[str, Arr
     return {f"activations/{name}": array for name, array in named.items()}
 
 
-def _gradients(
-    model: MAR, params: Tree, batch: dict[str, Array]
-) -> tuple[np.inexact, Tree, dict[str, Array]]:
-    """Loss, gradients, and these by name with those of the residual stream, last layer first."""
+class _Passes(NamedTuple):
+    """What the forward and the backward pass compute of a batch."""
+
+    loss: np.inexact
+    cache: Tree
+    dlogits: Array
+    grads: Tree
+
+
+def _passes(model: MAR, params: Tree, batch: dict[str, Array]) -> _Passes:
     logits, cache = model.forward(params, batch["tokens"])
     value, loss_cache = loss.forward(logits, batch["targets"], batch["mask"])
     dlogits = loss.backward(loss_cache)
-    grads = model.backward(params, dlogits, cache)
+    return _Passes(value, cache, dlogits, model.backward(params, dlogits, cache))
+
+
+def _last_layer_first(model: MAR, params: Tree, passes: _Passes) -> dict[str, Array]:
+    """Name gradients, between them those of the residual stream, as the backward pass has them."""
+    _, cache, dlogits, grads = passes
     leaves = dict(reversed(trees.flatten(grads).items()))
 
     def after(activation: str, dx: Array, *parts: str) -> dict[str, Array]:
@@ -349,7 +360,7 @@ def _gradients(
         arrays |= after(f"blocks.{index}.output", dx, f"blocks.{index}.")
         dx, _ = block.backward(params["blocks"][index], dx, cache["blocks"][index])
     dx = dropout.backward(dx, cache["embedding_dropout"])
-    return value, grads, arrays | after("embedding", dx, "embedding.")
+    return arrays | after("embedding", dx, "embedding.")
 
 
 def _schedules() -> dict[str, Array]:
@@ -373,7 +384,7 @@ def _optimise(
     options = dict(options)
     max_norm = options.pop("max_norm", None)
     for step in range(1, max(OPTIMISER_STEPS) + 1):
-        grads = nudge(_gradients(model, params, batch)[1])
+        grads = nudge(_passes(model, params, batch).grads)
         for block_grads in grads["blocks"]:
             # Its true gradient is 0: Adam would turn the rounding noise into steps.
             bias = block_grads["attention"]["key"]["bias"]
