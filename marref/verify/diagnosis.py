@@ -119,7 +119,7 @@ class Diagnosis:
 
     def _explained_partly(self, partial: Partial) -> list[str]:
         names = [row.name for row in partial.left.rows]
-        first = partial.left.first.name if partial.left.first else ""
+        first = partial.left.differing[0].name
         count = names.index(first)
         return [
             f"\nup to {names[count - 1]}, the first {count} of {len(names)}, your arrays are what "
@@ -179,7 +179,7 @@ def _partial_as_dict(found: Partial) -> dict[str, Any]:
     return {
         "faults": _names(found.faults),
         "same": [_names(same) for same in found.same],
-        "left": found.left.first.name if found.left.first else None,
+        "left": found.left.differing[0].name,
     }
 
 

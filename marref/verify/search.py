@@ -7,6 +7,7 @@ three are too many: 200,000.)
 """
 
 import dataclasses
+import functools
 import itertools
 import math
 import sys
@@ -314,11 +315,13 @@ class Search:
         judged by budgets of its own alone.
         """
         judged = self.judged.get(frozenset(together[:-1])) if len(together) > 1 else None
-        rows = judged.left.rows if judged else self.comparison.rows
-        budgets = {row.name: row.budget for row in rows}
-        if judged or self.first.split("/")[0] in _LATE:
-            return budgets
-        for name in budgets:
+        return {row.name: row.budget for row in judged.left.rows} if judged else self.screening
+
+    @functools.cached_property
+    def screening(self) -> dict[str, float]:
+        """The budgets of the right model, as far as they may rule a mistake out; see `_budgets`."""
+        budgets = {row.name: row.budget for row in self.comparison.rows}
+        for name in budgets if self.first.split("/")[0] not in _LATE else ():
             section = name.split("/")[0]
             if section in golden.OPTIMISERS:
                 rate = golden.OPTIMISERS[section]["learning_rate"]
