@@ -5,6 +5,7 @@ what was expected; what it returns is safe to compute with.
 """
 
 import difflib
+import itertools
 import math
 from collections.abc import Collection
 from typing import Any
@@ -145,6 +146,12 @@ def unknown_name(name: str, known: Collection[str]) -> str:
     """Say that a name is unknown, and which known names are nearest."""
     found = nearest(name, known)
     return f"{name!r} is unknown" + (f"; nearest: {found}" if found else "")
+
+
+def listed(names: Collection[str], most: int = 20) -> str:
+    """List names, no more than so many, and how many more there are."""
+    more = f", and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(itertools.islice(names, most)) + more
 
 
 def nearest(name: str, known: Collection[str]) -> str:

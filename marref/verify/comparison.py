@@ -22,7 +22,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -137,9 +137,9 @@ class Comparison:
                 f"rounding of {self._rounding}; the first is {self.first.name}"
             )
             if self.beside:
-                lines.append(f"computed beside it, not from it: {_listed(self.beside)}")
+                lines.append(f"computed beside it, not from it: {checks.listed(self.beside, 3)}")
         if self.wider:
-            lines.append(f"wider than what they were computed from: {_listed(self.wider)}")
+            lines.append(f"wider than what they were computed from: {checks.listed(self.wider, 3)}")
         return "\n".join(lines)
 
     @property
@@ -158,7 +158,7 @@ class Comparison:
     @property
     def _rounding(self) -> str:
         others = [f"{name} of {one}" for name, one in self.exceptions.items()]
-        return self.precision + (f" ({_listed(others)})" if others else "")
+        return self.precision + (f" ({checks.listed(others, 3)})" if others else "")
 
     def as_json(self) -> str:
         """Write the same for machines; infinities are null."""
@@ -206,10 +206,6 @@ def _place(name: str) -> str:
     if section == "gradients":
         rest = rest.rpartition(".")[0]
     return f"{section}/" + re.sub("attention.(query|key|value)$", "attention.qkv", rest)
-
-
-def _listed(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f", and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 class Golden:

@@ -24,7 +24,6 @@ _SECTION = re.compile(r"(params|gradients|(?:adam|adamw|clipped)/\d+)/")
 _WRAPPERS = re.compile(
     r"^(?:(?:module|_orig_mod|model|state_dict|model_state|model_ema|ema|params|variables)[./])+"
 )
-_MOST_SHOWN = 20
 _NEAR, _NEARER = 0.5, 5.0
 """A guessed activation is off by less than half, and 5 times nearer than to any other."""
 
@@ -100,7 +99,7 @@ def rename(
     if not whole and unknown:
         raise ValueError(f"arrays: {_all_unknown(unknown, golden_arrays)}")
     if unknown:
-        notes.append(f"ignored, since their names are not known: {_listed(unknown)}")
+        notes.append(f"ignored, since their names are not known: {checks.listed(unknown)}")
     return Renamed(whole, tuple(notes), name_map)
 
 
@@ -142,7 +141,7 @@ def to_parameters(
         raise ValueError(f"params: {_all_unknown(left, shapes)}")
     notes = [f"left out of your names: {prefix}"] if prefix else []
     if left:
-        notes.append(f"ignored, since their names are not known: {_listed(left)}")
+        notes.append(f"ignored, since their names are not known: {checks.listed(left)}")
     return found, tuple(notes)
 
 
@@ -304,10 +303,10 @@ def _by_content(golden_vectors: Golden, named: dict[str, Array], notes: list[str
     missing = [name for name in ours if name not in found]
     constant = [name for name in missing if content.is_constant(ours[name])]
     if constant:
-        notes.append(f"constant, so that they cannot be told by content: {_listed(constant)}")
+        notes.append(f"constant, so that they cannot be told by content: {checks.listed(constant)}")
     missing = [name for name in missing if name not in constant]
     if missing:
-        notes.append(f"not found among yours: {_listed(missing)}")
+        notes.append(f"not found among yours: {checks.listed(missing)}")
     return name_map
 
 
@@ -323,7 +322,7 @@ def _layouts(entries: Iterable[Entry]) -> list[str]:
             plain.setdefault("reshaped: ", []).append(str(entry))
         else:
             special.append(f"{_short(entry.yours)} = {_short(entry.ours)}: {how}")
-    return special + [f"{how}{_listed(names)}" for how, names in plain.items() if how]
+    return special + [f"{how}{checks.listed(names)}" for how, names in plain.items() if how]
 
 
 def _short(names: tuple[str, ...]) -> str:
@@ -395,11 +394,5 @@ def _leave_out_tied(golden_vectors: Golden, arrays: dict[str, Array], notes: lis
 
 def _all_unknown(names: Iterable[str], known: Collection[str]) -> str:
     first, *others = names
-    more = f"; unknown too: {_listed(others)}" if others else ""
+    more = f"; unknown too: {checks.listed(others)}" if others else ""
     return checks.unknown_name(first, known) + more
-
-
-def _listed(names: Iterable[str]) -> str:
-    names = list(names)
-    more = f", and {len(names) - _MOST_SHOWN} more" if len(names) > _MOST_SHOWN else ""
-    return ", ".join(names[:_MOST_SHOWN]) + more
