@@ -8,7 +8,6 @@ bit, with a run that nobody killed.
 """
 
 import argparse
-import dataclasses
 import random
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from marref import data
 from marref.training import checkpoints, runs
 
 
@@ -30,53 +30,14 @@ class Report(NamedTuple):
     differing: list[str]
 
 
-class Codec(NamedTuple):
-    """Ids that mean themselves."""
-
-    num_ids: int
-
-    def as_dict(self) -> dict:
-        """Return it as JSON can hold it."""
-        return {"kind": "ids", "num_ids": self.num_ids}
+def counting(first: np.ndarray, num_ids: int = 5) -> data.Dataset:
+    """Sequences of 8 ids that count on from these: data that need no file."""
+    ids = (first[:, np.newaxis] + np.arange(8)) % num_ids
+    return data.Dataset(ids, data.Ids(num_ids), length=8)
 
 
-@dataclasses.dataclass(frozen=True)
-class Counting:
-    """Sequences that count on from a random start: a dataset that needs no file."""
-
-    first: np.ndarray
-    length: int = 8
-    num_ids: int = 5
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of token ids, [MASK] included."""
-        return self.num_ids + 1
-
-    @property
-    def codec(self) -> Codec:
-        """What the ids mean."""
-        return Codec(self.num_ids)
-
-    def __len__(self) -> int:
-        return len(self.first)
-
-    def rows(self, index: np.ndarray) -> np.ndarray:
-        """Return the sequences at some places."""
-        return (self.first[index][:, np.newaxis] + np.arange(self.length)) % self.num_ids + 1
-
-    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
-        """Return sequences at random."""
-        return self.rows(rng.integers(len(self), size=count))
-
-    def split(self, fraction: float, seed: int) -> "tuple[Counting, Counting]":
-        """Set the last ones aside."""
-        count = max(1, round(fraction * len(self)))
-        parts = self.first[:-count], self.first[-count:]
-        return Counting(parts[0]), Counting(parts[1])
-
-
-DATASET = Counting(np.random.default_rng(0).integers(5, size=100))
+FIRST = np.random.default_rng(0).integers(5, size=100)
+DATASET = counting(FIRST)
 
 
 def config(num_steps: int) -> runs.Config:

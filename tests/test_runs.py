@@ -521,11 +521,11 @@ def test_a_run_is_not_started_over_another_nor_resumed_with_other_data(whole, tm
         runs.start(DATASET, out, CONFIG)
     with pytest.raises(ValueError, match=r"holds no run, since it has no config\.json"):
         runs.resume(tmp_path, DATASET)
-    other = killed.Counting(DATASET.first[::-1])
+    other = killed.counting(killed.FIRST[::-1])
     with pytest.raises(ValueError, match=r"dataset: its data is .* expected .* as in the run"):
         runs.resume(out, other)
     with pytest.raises(ValueError, match="dataset: its vocab_size is 8, expected 6"):
-        runs.resume(out, killed.Counting(DATASET.first, num_ids=7))
+        runs.resume(out, killed.counting(killed.FIRST, num_ids=7))
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "other"}'])

@@ -5,12 +5,9 @@ import dataclasses
 import numpy as np
 import numpy.typing as npt
 
-from marref import checks
+from marref import chance, checks
 from marref.data.codecs import Codec
 from marref.trees import Array
-
-# The place of "split" among the purposes of random draws.
-_SPLIT = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -168,8 +165,7 @@ class Dataset:
             )
         if self.is_stream:
             return self._stream(slice(total - count)), self._stream(slice(total - count, None))
-        sequence = np.random.SeedSequence(seed, spawn_key=(_SPLIT, 0))
-        order = np.random.default_rng(sequence).permutation(total)
+        order = chance.generator(seed, "split", 0).permutation(total)
         return self._part(np.sort(order[count:])), self._part(np.sort(order[:count]))
 
     def _stream(self, part: slice) -> "Dataset":

@@ -3,52 +3,16 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
-
-import numpy as np
+from typing import Any
 
 from marref import checks, masking, optim
+from marref.data import Dataset
 from marref.fast import parallel
 from marref.model import MAR
-from marref.trees import Array
 
 DECAYED = ("matrices", "all")
 MASKED_PER = ("sequence", "batch")
 DTYPES = ("float32", "float64")
-
-
-class Codec(Protocol):
-    """What token ids mean; of `marref.data`."""
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return it as JSON can hold it."""
-
-
-class Dataset(Protocol):
-    """What training asks of data; see `marref.data.Dataset`."""
-
-    @property
-    def length(self) -> int:
-        """The length of the sequences."""
-
-    @property
-    def vocab_size(self) -> int:
-        """The number of token ids, [MASK] included, which is 0."""
-
-    @property
-    def codec(self) -> Codec:
-        """What the ids mean."""
-
-    def __len__(self) -> int: ...
-
-    def rows(self, index: Array) -> Array:
-        """Return the sequences at some places: int64 [k, length]."""
-
-    def draw(self, rng: np.random.Generator, count: int) -> Array:
-        """Return sequences at random: int64 [count, length]."""
-
-    def split(self, fraction: float, seed: int) -> "tuple[Dataset, Dataset]":
-        """Return the data to train on and, apart from them, those to validate with."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from marref import chance, checks, masking, optim, trees
+from marref.data import Dataset
 from marref.fast import adam_step, loss_and_grads
 from marref.masking import mask_tokens, sample_mask_ratio
 from marref.model import MAR, check_model
-from marref.training.config import Config, Dataset
+from marref.training.config import Config
 from marref.trees import Array, Tree
 
 
@@ -256,7 +257,8 @@ def _loss_and_grads(
 
     The loss is a mean over masked positions, so each part has the weight of its share of them.
     """
-    loss, sums = 0.0, trees.flatten({})
+    loss, sums = 0.0, dict[str, Array]()
+    num_masked = int(batch.mask.sum())
     for part in range(config.accumulate):
         rows = slice(part * config.batch_size, (part + 1) * config.batch_size)
         inputs, targets, mask = (array[rows] for array in batch)
@@ -271,7 +273,7 @@ def _loss_and_grads(
             label_smoothing=config.label_smoothing,
             num_threads=config.num_threads,
         )
-        share = int(mask.sum()) / int(batch.mask.sum())
+        share = int(mask.sum()) / num_masked
         loss += share * float(part_loss)
         for name, grad in trees.flatten(grads).items():
             grad *= share

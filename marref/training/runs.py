@@ -27,10 +27,11 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from marref import chance, checks, data, fast, files, trees
+from marref.data import Dataset
 from marref.model import MAR
 from marref.training import checkpoints, loop
 from marref.training.checkpoints import Checkpoint
-from marref.training.config import Config, Dataset
+from marref.training.config import Config
 from marref.training.evaluation import bits_per_token
 from marref.training.loop import State, StepRecord
 from marref.trees import Array
