@@ -118,18 +118,22 @@ class Tally:
         )
 
 
+def parsed(parser: argparse.ArgumentParser) -> tuple[argparse.Namespace, range]:
+    """Read a command line with ``num``, and the seeds that it asks for."""
+    parser.add_argument("--seed", type=int, default=0, help="the first")
+    parser.add_argument("--only", type=int, help="this seed alone")
+    options = parser.parse_args()
+    first, num = (options.seed, options.num) if options.only is None else (options.only, 1)
+    return options, range(first, first + num)
+
+
 def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.budgets")
     parser.add_argument("num", nargs="?", type=int, default=100, help="models in each precision")
     parser.add_argument("--precision", action="append", choices=PRECISIONS)
     parser.add_argument("--framework", action="append", choices=FRAMEWORKS)
-    parser.add_argument("--seed", type=int, default=0, help="the first")
-    parser.add_argument("--only", type=int, help="this seed alone")
-    options = parser.parse_args()
-    seeds = range(options.seed, options.seed + options.num)
-    if options.only is not None:
-        seeds = range(options.only, options.only + 1)
+    options, seeds = parsed(parser)
     for precision in options.precision or PRECISIONS:
         tally = Tally()
         for seed in seeds:

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
-from benchmarks.budgets import FRAMEWORKS, NUM_FLAX_MODELS, random_model
+from benchmarks.budgets import FRAMEWORKS, NUM_FLAX_MODELS, parsed, random_model
 from benchmarks.ports import faulty, in_torch
 from marref.verify import golden
 from marref.verify.comparison import Comparison, Golden, compare
@@ -227,12 +227,7 @@ def main() -> None:
     parser.add_argument("--framework", choices=FRAMEWORKS, default="torch")
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
     parser.add_argument("--subset", action="append", choices=SUBSETS)
-    parser.add_argument("--seed", type=int, default=0, help="the first")
-    parser.add_argument("--only", type=int, help="this seed alone")
-    options = parser.parse_args()
-    seeds = range(options.seed, options.seed + options.num)
-    if options.only is not None:
-        seeds = range(options.only, options.only + 1)
+    options, seeds = parsed(parser)
     for kind in options.kind or KINDS:
         counts: dict[tuple[str, int], collections.Counter[str]] = {}
         unseen = 0

@@ -14,7 +14,7 @@ import dataclasses
 
 import numpy as np
 
-from benchmarks.budgets import random_model
+from benchmarks.budgets import parsed, random_model
 from benchmarks.diagnosis import SUBSETS, Arrays, Names, alternatives, chosen, same, told
 from benchmarks.ports import faulty, in_torch, perturbed
 from marref.verify import golden
@@ -104,12 +104,7 @@ def main() -> None:
     parser.add_argument("--kind", choices=perturbed.KINDS)
     parser.add_argument("--subset", action="append", choices=SUBSETS)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
-    parser.add_argument("--seed", type=int, default=0, help="the first")
-    parser.add_argument("--only", type=int, help="this seed alone")
-    options = parser.parse_args()
-    seeds = range(options.seed, options.seed + options.num)
-    if options.only is not None:
-        seeds = range(options.only, options.only + 1)
+    options, seeds = parsed(parser)
     counts: dict[str, collections.Counter[str]] = {}
     for seed in seeds:
         kinds = list(perturbed.KINDS)
