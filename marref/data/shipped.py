@@ -28,7 +28,8 @@ def digits() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     train : int64 array [1500, 64]
     held_out : int64 array [297, 64]
     """
-    return _split(_arrays()["images"].reshape(-1, 64).astype(np.int64) + 1)
+    arrays = _arrays()
+    return _split(arrays["images"].reshape(-1, 64).astype(np.int64) + 1, arrays["held_out"])
 
 
 def digit_labels() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -40,7 +41,8 @@ def digit_labels() -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         From 0 to 9.
     held_out : int64 array [297]
     """
-    return _split(_arrays()["labels"].astype(np.int64))
+    arrays = _arrays()
+    return _split(arrays["labels"].astype(np.int64), arrays["held_out"])
 
 
 def dataset() -> Dataset:
@@ -58,7 +60,9 @@ def _arrays() -> dict[str, Array]:
         return dict(arrays)
 
 
-def _split(rows: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+def _split(
+    rows: npt.NDArray[np.int64], held_out: Array
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     is_held_out = np.zeros(len(rows), bool)
-    is_held_out[_arrays()["held_out"]] = True
+    is_held_out[held_out] = True
     return rows[~is_held_out], rows[is_held_out]
