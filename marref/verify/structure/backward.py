@@ -163,11 +163,10 @@ def _before(
             for words, kind in norms.items()
         ]
         return dy, wrong
-    for later in reversed(range(index + 1, len(params["blocks"]))):
-        push = functools.partial(_block, params["blocks"][later], dy, cache["blocks"][later])
-        changed = [(words, push(wrong)[0]) for words, wrong in _within()]
-        dy = push("")[0]
-    return dy, changed
+    for later in reversed(range(index + 2, len(params["blocks"]))):
+        dy, _ = _block(params["blocks"][later], dy, cache["blocks"][later], "")
+    push = functools.partial(_block, params["blocks"][index + 1], dy, cache["blocks"][index + 1])
+    return push("")[0], [(words, push(wrong)[0]) for words, wrong in _within()]
 
 
 def _within() -> Iterator[tuple[str, str]]:

@@ -38,26 +38,31 @@ def found(case: Case) -> Finding | None:
             # A mistake in one block of several is in all of them.
             break
     after = {name: order[order.index(name) : place + 1] for name in between}
+    mistaken = {name: list(layers.candidates(case, name)) for name in between}
     candidates = [
         (f"is what follows if {name} {clause}", {name: array}, after[name])
-        for name in between
-        for clause, array in layers.candidates(case, name)
+        for name, listed in mistaken.items()
+        for clause, array in listed
     ]
-    candidates += _together(case, after)
+    candidates += _together(mistaken, after)
+    worst = _worst_sequence(case)
     made = (
         (clause, array)
         for clause, changed, order in candidates
-        if _near(case, changed, order)
+        if _near(case, changed, order, worst)
         and (array := _pushed(case, order, changed, slice(None))) is not None
     )
     return case.fitting(made, len(candidates))
 
 
-def _near(case: Case, changed: dict[str, Array], order: list[str]) -> bool:
-    """Whether the sequence that differs most would fit: most candidates end here."""
+def _worst_sequence(case: Case) -> slice:
     distance = np.abs(case.yours - case.golden)
     worst = int(distance.reshape(len(distance), -1).max(axis=1).argmax())
-    rows = slice(worst, worst + 1)
+    return slice(worst, worst + 1)
+
+
+def _near(case: Case, changed: dict[str, Array], order: list[str], rows: slice) -> bool:
+    """Whether the sequence that differs most would fit: most candidates end here."""
     made = _pushed(case, order, changed, rows)
     if made is None:
         return False
@@ -74,7 +79,7 @@ def _cuts(name: str) -> bool:
 
 
 def _together(
-    case: Case, after: dict[str, list[str]]
+    mistaken: dict[str, list[tuple[str, Array]]], after: dict[str, list[str]]
 ) -> list[tuple[str, dict[str, Array], list[str]]]:
     """List one and the same mistake in query, key and value."""
     found = []
@@ -84,10 +89,7 @@ def _together(
         if not all(name in after for name in names):
             continue
         alike = [
-            {
-                clause.replace(name, "the layer"): array
-                for clause, array in layers.candidates(case, name)
-            }
+            {clause.replace(name, "the layer"): array for clause, array in mistaken[name]}
             for name in names
         ]
         for clause in alike[0]:

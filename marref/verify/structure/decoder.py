@@ -118,7 +118,8 @@ def _counts(case: Case, setting: str, mask: Array | None) -> list[str]:
     sentences = []
     for yours, right, masked in _all_revealed(case, setting):
         if yours != right:
-            like = f": {' or '.join(_known(case, setting))}" if _known(case, setting) else ""
+            known = _known(case, setting)
+            like = f": {' or '.join(known)}" if known else ""
             if len(yours) > 1 and yours[0] == masked:
                 like = ": all in the first step"
             shown = f"reveals {_list(yours)} tokens in its steps, where {_list(right)} is expected"

@@ -87,9 +87,7 @@ class Case:
 
     def tolerance(self, candidate: Array) -> float:
         """How far yours may be from a candidate: a larger array has larger errors."""
-        size = measure.largest(self.golden)
-        growth = measure.largest(candidate) / size if size > 0 else 1.0
-        return _SLACK * self.budget * max(1.0, growth)
+        return _tolerance(self.golden, self.budget, candidate)
 
     def residual(self, candidate: Array, *, fitted: int = 0, tried: int = 1) -> float | None:
         """Accept or refuse a candidate.
@@ -143,9 +141,7 @@ class Case:
                 continue
             budget = floor(golden, budget, self.comparison.precision_of(name))
             distance = measure.difference(self.arrays[name], candidate)
-            size = measure.largest(golden)
-            growth = measure.largest(candidate) / size if size > 0 else 1.0
-            if not distance <= _SLACK * budget * max(1.0, growth):
+            if not distance <= _tolerance(golden, budget, candidate):
                 return False
             found = bits(np.asarray(self.arrays[name], np.float64), golden, distance, budget)
             total, most = total + float(found.sum()), max(most, float(found.max(initial=0.0)))
@@ -164,6 +160,12 @@ class Case:
             others=cut(self.others),
             addends=cut(self.addends),
         )
+
+
+def _tolerance(golden: Array, budget: float, candidate: Array) -> float:
+    size = measure.largest(golden)
+    growth = measure.largest(candidate) / size if size > 0 else 1.0
+    return _SLACK * budget * max(1.0, growth)
 
 
 def bits(yours: Array, golden: Array, distance: float, budget: float) -> Array:

@@ -19,12 +19,12 @@ _CANDIDATES: dict[str, Callable[[Case, str, str], Candidates]] = {
     r"output": sums.candidates,
 }
 
-_FITTED: dict[str, tuple[Callable[[Case, str, str], Finding | None], ...]] = {
-    r"embedding": (embeddings.fitted,),
-    r"(attention|feed_forward|final)_norm": (norms.epsilon,),
-    r"attention\.weights": (attending.temperature,),
-    r"feed_forward\.activation": (functions.alone,),
-    r"output": (sums.fitted,),
+_FITTED: dict[str, Callable[[Case, str, str], Finding | None]] = {
+    r"embedding": embeddings.fitted,
+    r"(attention|feed_forward|final)_norm": norms.epsilon,
+    r"attention\.weights": attending.temperature,
+    r"feed_forward\.activation": functions.alone,
+    r"output": sums.fitted,
 }
 """What has numbers in it that are solved for."""
 
@@ -36,9 +36,9 @@ def of_layer(case: Case) -> Finding | None:
     found = case.fitting(candidates(case, name))
     if found is not None:
         return found
-    for pattern, hints in _FITTED.items():
+    for pattern, hint in _FITTED.items():
         if re.fullmatch(pattern, part):
-            return next(filter(None, (hint(case, block, part) for hint in hints)), None)
+            return hint(case, block, part)
     return None
 
 

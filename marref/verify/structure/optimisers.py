@@ -172,7 +172,7 @@ def _run(
             rate = options["learning_rate"]
             decayed = (1.0 if how == "unscaled" else rate) * decay * param
             step = rate * direction + (0.0 if how == "gradient" else decayed)
-            params = {**params, name: param - step}
+            params[name] = param - step
     return params
 
 
@@ -205,12 +205,10 @@ def _decays(name: str, decayed: str) -> bool:
 
 def _clipped(grads: dict[str, Array], clip: str) -> dict[str, Array]:
     bound = 1.0 if clip == "one" else golden.OPTIMISERS["clipped"]["max_norm"]
-    norm = math.sqrt(sum(float((grad**2).sum()) for grad in grads.values()))
-    if clip in ("global", "one"):
-        factor = min(1.0, bound / (norm + 1e-6))
+    if clip in ("global", "one", "exact"):
+        norm = math.sqrt(sum(float((grad**2).sum()) for grad in grads.values()))
+        factor = min(1.0, bound / (norm if clip == "exact" else norm + 1e-6))
         return {name: grad * factor for name, grad in grads.items()}
-    if clip == "exact":
-        return {name: grad * min(1.0, bound / norm) for name, grad in grads.items()}
     if clip == "array":
         return {
             name: grad * min(1.0, bound / (float(np.linalg.norm(grad)) + 1e-6))
