@@ -17,6 +17,18 @@ def tiny():
     return golden.make(TINY)
 
 
+def test_jittered_operations_err_by_a_unit_and_show_what_cancels():
+    x = np.random.default_rng(0).normal(size=(200, 3))
+    unit = np.finfo(float).eps
+    jittered = rounding.jittered(x, np.random.default_rng(1))
+    for found, exact in ((jittered * 3.0, x * 3.0), (np.exp(jittered), np.exp(x))):
+        errors = np.abs(np.asarray(found) / exact - 1.0)
+        assert 0.5 * unit < errors.max() < 2.5 * unit
+    # 1e8 - 1e8 + 1: what is moved is 1e8.
+    sums = np.asarray(rounding.jittered(np.tile([1e8, -1e8, 1.0], (200, 1)), jittered.rng).sum(1))
+    assert 0.1e8 * unit < np.abs(sums - 1.0).max() < 3e8 * unit
+
+
 def test_golden_vectors_are_what_the_public_functions_compute(tiny):
     arrays, metadata = tiny
     vectors = Golden(arrays, metadata)

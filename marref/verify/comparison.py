@@ -38,6 +38,7 @@ from marref.verify.rounding import (
     PRECISIONS,
     PRODUCT_EPSILON,
     in_precision,
+    jittered,
     round_to,
 )
 
@@ -283,10 +284,15 @@ class Golden:
     ) -> dict[Any, Callable[[], dict[str, Array]]]:
         """Return the stages of `golden.stages`, on the golden inputs, that the names ask for."""
         stages = golden.stages(self.model, params or self.params, self.batch, **options)
+        lines = "\n" + "\n".join(names)
+
+        def asked(*prefixes: str) -> bool:
+            return any(f"\n{prefix}" in lines for prefix in prefixes)
+
         return {
             prefix: stage
             for prefix, stage in stages.items()
-            if any(name.startswith(prefix) for name in names)
+            if asked(*((prefix,) if isinstance(prefix, str) else prefix))
         }
 
     def compute(self, names: Mapping[str, Any]) -> dict[str, Array]:
@@ -591,6 +597,8 @@ def _shaken(
         if rng is not None and name not in still:
             units = PRODUCT_EPSILON if name.endswith("kernel") else EPSILON
             leaf = leaf * (1.0 + count * units[precision] * rng.choice([-1.0, 1.0], leaf.shape))
+        if rng is not None and precision == "float64":
+            return jittered(leaf, rng.spawn(1)[0])
         return in_precision(leaf, precision)
 
     return trees.unflatten({name: move(name, leaf) for name, leaf in trees.flatten(params).items()})

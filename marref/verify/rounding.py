@@ -8,6 +8,11 @@ Many programs round in their matrix products only.  With ``"tf32"`` (NVIDIA's Te
 default of many GPU programs) products take inputs of 10 explicit bits and add in float32; with
 ``"bf16-mixed"`` and ``"fp16-mixed"`` (autocast) inputs and results of products are bfloat16 or
 float16.  Everything else is float32.
+
+Golden vectors are float64, so that marref in float64 makes no error to be measured by.  `Jittered`
+moves what every operation returns, and what sums and products take, at random (Monte Carlo
+arithmetic, Parker 1997, UCLA CSD-970002), which shows what is left where large numbers cancel.  It
+moves them by up to a unit: half for the rounding of a program, half for that of the golden array.
 """
 
 from typing import Any
@@ -94,28 +99,63 @@ class Rounded(np.ndarray[Any, Any]):
     def __array_ufunc__(
         self, ufunc: np.ufunc, method: str, *inputs: Any, out: Any = None, **options: Any
     ) -> Any:
-        arrays, mixed = [_plain(x) for x in inputs], self.precision in MIXED
-        if mixed and ufunc is np.matmul:
-            arrays = [round_to(x, _OF_PRODUCTS.get(self.precision, "tf32")) for x in arrays]
+        arrays = [self._taken(ufunc, method, _plain(x)) for x in inputs]
         result = getattr(ufunc, method)(*arrays, **options)
         if method == "at":
-            target = inputs[0]
-            if not mixed:
-                target[...] = round_to(_plain(target), self.precision)
+            inputs[0][...] = self._returned(ufunc, _plain(inputs[0]))
             return None
         if not isinstance(result, np.ndarray | np.generic) or result.dtype.kind != "f":
             return result
-        rounded = np.asarray(result)
-        if not mixed or (ufunc is np.matmul and self.precision in _OF_PRODUCTS):
-            rounded = round_to(rounded, _OF_PRODUCTS.get(self.precision, self.precision))
+        rounded = self._returned(ufunc, np.asarray(result))
         if out is not None:
             out[0][...] = rounded
             return out[0]
         if rounded.ndim == 0:
             return rounded[()]
-        wrapped = rounded.view(Rounded)
-        wrapped.precision = self.precision
+        wrapped = rounded.view(type(self))
+        wrapped.__array_finalize__(self)
         return wrapped
+
+    def _taken(self, ufunc: np.ufunc, method: str, x: Any) -> Any:
+        """Give what an operation takes in place of an input."""
+        if ufunc is np.matmul and self.precision in MIXED:
+            return round_to(x, _OF_PRODUCTS.get(self.precision, "tf32"))
+        return x
+
+    def _returned(self, ufunc: np.ufunc, x: Array) -> Array:
+        """Give what an operation returns in place of its result."""
+        if self.precision not in MIXED:
+            return round_to(x, self.precision)
+        if ufunc is np.matmul and self.precision in _OF_PRODUCTS:
+            return round_to(x, _OF_PRODUCTS[self.precision])
+        return x
+
+
+class Jittered(Rounded):
+    """A float64 array whose operations err by up to a unit at random."""
+
+    rng: np.random.Generator | None = None
+
+    def __array_finalize__(self, origin: Any) -> None:
+        self.rng = getattr(origin, "rng", None)
+
+    def _taken(self, ufunc: np.ufunc, method: str, x: Any) -> Any:
+        return self._moved(x) if ufunc is np.matmul or method == "reduce" else x
+
+    def _returned(self, ufunc: np.ufunc, x: Array) -> Array:
+        return self._moved(x)
+
+    def _moved(self, x: Array) -> Array:
+        if self.rng is None or x.dtype != np.float64:
+            return x
+        return x * (1.0 + EPSILON["float64"] * self.rng.uniform(-1.0, 1.0, x.shape))
+
+
+def jittered(x: Array, rng: np.random.Generator) -> Jittered:
+    """Turn float64 numbers into an array that computes with random errors."""
+    array = x.view(Jittered)
+    array.rng = rng
+    return array
 
 
 def _plain(x: Any) -> Any:
