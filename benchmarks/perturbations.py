@@ -4,8 +4,9 @@
                                        [--seed N] [--only N]
 
 Draws NUM random models, perturbs a PyTorch program at a random place (the kinds take turns), and
-diagnoses what it hands over.  No name of the catalogue may be given, unless that mistake, made in
-PyTorch, computes the same arrays.  What is said of the first difference is judged by the kind.
+diagnoses subsets of what it hands over, and all of it where these do not show anything.  No name of
+the catalogue may be given, unless that mistake, made in PyTorch, computes the same arrays.  What is
+said of the first difference is judged by the kind.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from marref.verify.diagnosis import Diagnosis, diagnose
 from marref.verify.rounding import MIXED, PRECISIONS
 
 QUICK = ("logits", "logits + loss + gradients", "activations + loss + gradients")
-"""Subsets that are always diagnosed; all arrays only of what these do not show."""
+"""Subsets that are diagnosed by default."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,8 +114,9 @@ def main() -> None:
         if not patient.fits:
             continue
         seen = False
-        for subset in options.subset or (*QUICK, "all"):
-            if subset == "all" and seen and not options.subset:
+        subsets = options.subset or QUICK
+        for subset in subsets if options.only is not None else dict.fromkeys((*subsets, "all")):
+            if subset == "all" and seen:
                 continue
             result = patient.judged(subset)
             seen |= result is not None

@@ -116,6 +116,7 @@ MADE_BY_MARREF = {
     "attention-heads-reshaped": "activations/",
     "attention-softmax-plus-one": "activations/",
     "block-post-norm": "activations/",
+    "block-post-norm-hooked": "activations/",
     "dropout-left-on": "activations/",
     "loss-targets-shifted": "loss",
     "linear-gradient-kernel-not-transposed": "gradients/",

@@ -324,6 +324,17 @@ FAULTS["gelu-missing"] = _activation(lambda x: x)
 @fault("block-post-norm")
 class _(TorchPort):
     def block(self, name, x):
+        read = self.tap(f"{name}.attention_norm", x)
+        x = x + self.attention(f"{name}.attention", read)
+        x = self.norm(f"{name}.attention_norm", x)
+        read = self.tap(f"{name}.feed_forward_norm", x)
+        x = x + self.feed_forward(f"{name}.feed_forward", read)
+        return self.norm(f"{name}.feed_forward_norm", x)
+
+
+@fault("block-post-norm-hooked")
+class _(TorchPort):
+    def block(self, name, x):
         x = x + self.attention(f"{name}.attention", x)
         x = self.tap(f"{name}.attention_norm", self.norm(f"{name}.attention_norm", x))
         x = x + self.feed_forward(f"{name}.feed_forward", x)

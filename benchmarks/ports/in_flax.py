@@ -51,7 +51,7 @@ FAULTS = (
     "gelu-relu",
     "gelu-silu",
     "gelu-missing",
-    "block-post-norm",
+    "block-post-norm-hooked",
     "block-parallel",
     "residual-from-normalised",
     "residual-around-attention-missing",
@@ -146,7 +146,7 @@ class Block(Part):
     def __call__(self, x: Any) -> Any:
         mask = nn.make_causal_mask(x[..., 0]) if self.has("attention-causal") else None
         attention = functools.partial(self.attention, mask=mask, sow_weights=True)
-        if self.has("block-post-norm"):
+        if self.has("block-post-norm-hooked"):
             x = self.attention_norm(x + attention(x))
             return self.feed_forward_norm(x + self.feed_forward(x))
         original = x

@@ -13,6 +13,7 @@ from marref import trees
 from marref.layers import attention, block, dropout, feed_forward, layer_norm
 from marref.model import MAR
 from marref.trees import Array, Tree
+from marref.verify import trace
 from marref.verify.faults.fault import Fault, Stage
 
 fault = Stage()
@@ -84,11 +85,31 @@ def backward_of(fault: Fault, arrange: Callable[..., Map]) -> None:
         return dx, {name: grads[name] for name in params}
 
 
+def _post_norm(norm1: Map, f1: Map, norm2: Map, f2: Map) -> Map:
+    return chain(_plus(_X, f1), norm1, _plus(_X, f2), norm2)
+
+
 fault("block-post-norm").says(
     "x = norm(x + branch(x)), the block of the first transformer, of BERT and of MaskGIT; MAR "
     "normalises what the branch reads. The branches read the residual stream as it is, and the "
     "stream itself has the size of the norm's scale."
-).of(_block_of)(lambda norm1, f1, norm2, f2: chain(_plus(_X, f1), norm1, _plus(_X, f2), norm2))
+).of(_block_of)(_post_norm)
+hooked = fault("block-post-norm-hooked").says(
+    "x = norm(x + branch(x)), and under the names of the norms what these return, as forward hooks "
+    "save it. Golden vectors have there what the branches read, which is the same in MAR only."
+)
+_block_of(hooked, _post_norm)
+
+
+@hooked.wraps(trace.activations)
+def _(old: Callable[..., dict[str, Array]], model: MAR, *args: Any) -> dict[str, Array]:
+    named = old(model, *args)
+    for name in (f"blocks.{index}" for index in range(model.num_layers)):
+        named[f"{name}.attention_norm"] = named[f"{name}.feed_forward_norm"]
+        named[f"{name}.feed_forward_norm"] = named[f"{name}.output"]
+    return named
+
+
 fault("block-parallel").says(
     "Attention and feed-forward read the same x and their results are added together, as in GPT-J; "
     "in MAR the feed-forward layer reads what attention has added to. All is right up to the "
