@@ -262,7 +262,7 @@ BAD_CALLS_OF_BOTH_WAYS = {
     "seq_len: received 7, expected an integer in [1, 6]": decode(seq_len=7),
     "num_steps: received 0, expected an integer >= 1": decode(num_steps=0),
     "mask_token_id: received 5, expected an integer in [0, 4]": decode(mask_token_id=5),
-    "temperature: received 0, expected a number in (0, inf)": decode(temperature=0),
+    "temperature: received -1, expected a number in [0, inf)": decode(temperature=-1),
     "temperature: received inf": decode(temperature=float("inf")),
     "batch_size: received 0": decode(batch_size=0),
     "tokens: shape [2, 3], expected [4, 3]": decode(tokens=TOKENS, batch_size=4),
@@ -289,6 +289,12 @@ BAD_CALLS_OF_BOTH_WAYS = {
     'choice_temperature: received 1.0, expected 0 with order="random"': decode(
         choice_temperature=1.0, rng=RNG, order="random"
     ),
+    "top_k: received 0, expected an integer >= 1": decode(top_k=0),
+    "top_k: received 2.0, expected an integer": decode(top_k=2.0),
+    "top_p: received 0, expected a number in (0, 1]": decode(top_p=0),
+    "top_p: received 1.5": decode(top_p=1.5),
+    "top_p: received nan": decode(top_p=float("nan")),
+    "top_p: received '0.9', expected a real number": decode(top_p="0.9"),
     "logits: nan at [0, 0], expected finite numbers": lambda way: way.iterative_decode(
         MODEL, with_leaf("head.bias", np.full(5, np.nan))
     ),
