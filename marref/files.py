@@ -370,7 +370,7 @@ def load_metadata(path: str | os.PathLike[str], *, max_bytes: int) -> dict[str, 
     ImportError
         safetensors is not installed.
     """
-    path = Path(path)
+    path = regular(path)
     of_format = _safetensors_metadata if _is_safetensors(path) else _npz_metadata
     with path.open("rb") as file:
         try:

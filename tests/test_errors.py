@@ -122,6 +122,18 @@ BAD_CALLS = {
     "dlogits: dtype float32, expected float64 as in params": lambda: MODEL.backward(
         PARAMS, LOGITS.astype(np.float32), MODEL.forward(PARAMS, TOKENS)[1]
     ),
+    "tokens: received a masked array, expected one without a mask": lambda: MODEL(
+        PARAMS, np.ma.masked_equal([[1, -1]], -1)
+    ),
+    "targets: received a masked array": lambda: marref.mar_loss(
+        LOGITS, np.ma.masked_equal(TOKENS, 1), MASK
+    ),
+    "mask: received a masked array": lambda: marref.mar_loss(
+        LOGITS, TOKENS, np.ma.masked_equal(MASK, True)
+    ),
+    "ratio: received a masked array": lambda: marref.mask_tokens(
+        TOKENS, np.ma.masked_greater([0.5, 2.0], 1.0), RNG
+    ),
     # The loss.
     "logits: dtype int64, expected float32": lambda: marref.mar_loss(
         LOGITS.astype(int), TOKENS, MASK

@@ -79,6 +79,11 @@ def add(commands: Any) -> None:
 def _run(parsed: argparse.Namespace) -> int:
     checkpoint = runs.best(parsed.run_folder)
     codec = data.codec_from_dict(checkpoint.codec)
+    if codec.num_ids + 1 != checkpoint.vocab_size:
+        raise ValueError(
+            f"codec: {codec.kind} has {codec.num_ids} ids, expected {checkpoint.vocab_size - 1} as "
+            "the model"
+        )
     _check_out(parsed.out, codec)
     _check_gif(parsed.gif, codec)
     length = runs.read_settings(parsed.run_folder)["data"]["length"]

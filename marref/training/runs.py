@@ -128,8 +128,7 @@ def start(
         checkpoint written, from which `resume` goes on.  A second signal stops at once.
     """
     job = _job(dataset, Path(out), (config or Config()).resolved(dataset))
-    job.checkpoints.mkdir(parents=True, exist_ok=True)
-    with _alone(job.out):
+    with _made(job), _alone(job.out):
         if job.settings.exists() or checkpoints.found(job.checkpoints):
             raise ValueError(f"{job.out}: holds a run already; resume it or choose another folder")
         with files.replacing(job.settings) as temporary:
@@ -209,16 +208,17 @@ def read_settings(out: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(out) / "config.json"
     if not path.exists():
         raise ValueError(f"{path.parent}: holds no run, since it has no {path.name}")
+    files.regular(path)
     try:
         settings = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is no JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is no JSON that can be read ({error})") from error
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:
         raise ValueError(f"{path}: is no {FORMAT}")
-    data_told = settings.get("data")
-    if not isinstance(data_told, dict) or not {"config", "codec"} <= settings.keys():
-        raise ValueError(f"{path}: is damaged, expected config, codec and data in it")
-    checks.integer(f"{path}: length", data_told.get("length"), 1)
+    for name in ("config", "codec", "data"):
+        if not isinstance(settings.get(name), dict):
+            raise ValueError(f"{path}: is damaged, expected {name} in it")
+    checks.integer(f"{path}: length", settings["data"].get("length"), 1)
     return settings
 
 
@@ -471,6 +471,27 @@ def _advice(job: _Job) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _made(job: _Job) -> Iterator[None]:
+    """Make a run's folders; where an error comes before its first step, leave nothing of it."""
+    folders = (job.checkpoints, job.out, *job.out.parents)
+    missing = [folder for folder in folders if not folder.exists()]
+    is_new = not job.settings.exists() and not checkpoints.found(job.checkpoints)
+    try:
+        job.checkpoints.mkdir(parents=True, exist_ok=True)
+        yield
+    except Exception:
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # what cannot be removed is not what went wrong
+            if is_new and not _read_history(job.history, 1):
+                for path in (job.settings, job.history):
+                    path.unlink(missing_ok=True)
+            for folder in missing:
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Let no other process train into the folder."""
     with contextlib.ExitStack() as stack:
@@ -518,13 +539,20 @@ def _read_history(path: Path, last: int) -> list[RunRecord]:
     """Read the history up to a step."""
     if not path.exists():
         return []
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+    with files.regular(path).open(encoding="utf-8", errors="replace", newline="") as file:
         return list(_records(file, last))
 
 
 def _shortened_history(path: Path, last: int) -> list[RunRecord]:
     """Read the history up to a step, and cut off what is behind it."""
     records = _read_history(path, last)
+    if last and (not records or records[-1].step < last):
+        known = records[-1].step if records else 0
+        warnings.warn(
+            f"{path}: cannot be read after step {known} of {last}; the lines behind it are lost",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     columns = [field.name for field in dataclasses.fields(RunRecord)]
     lines = [_line(columns), *(_line(dataclasses.astuple(record)) for record in records)]
     with files.replacing(path) as temporary:
