@@ -440,6 +440,24 @@ def test_a_reader_that_has_seen_enough_is_no_error(run):
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
 
 
+def test_an_output_that_is_closed_from_the_start_is_no_error(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    options = ["--num", "1", "--out", str(tmp_path / "s.txt")]
+    assert cli.main(["sample", str(run), *options]) == 0
+    assert (tmp_path / "s.txt").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_an_output_that_is_full_is_one_line(run, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["sample", str(run), "--num", "1"]) == 2
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space"):
+            full.close()
+    assert capsys.readouterr().err == "marref: [Errno 28] No space left on device\n"
+
+
 def test_no_control_character_reaches_the_terminal():
     assert sample.shown(Bytes(), Bytes().encode("a\x1b[2J\tb\n")) == "a�[2J\tb\n"
 

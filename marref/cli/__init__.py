@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _say_warning
         try:
             status: int = parsed.run(parsed)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # None: closed before the start
+                sys.stdout.flush()
         except FloatingPointError as error:
             print(f"marref: {error}", file=sys.stderr)
             return 1
