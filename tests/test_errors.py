@@ -247,6 +247,8 @@ BAD_CALLS = {
     "mask_schedule: received 'all', expected one of": train(mask_schedule="all"),
     "warmup_steps: received 2, expected an integer in [0, 1]": train(warmup_steps=2),
     "rng: received NoneType, expected": train(rng=None),
+    "on_step: received int, expected a function": train(on_step=5),
+    "on_state: received str, expected a function": train(on_state="print"),
     "method: received 'forward', expected one of complex-step, central": gradients(
         method="forward"
     ),

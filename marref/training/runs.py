@@ -95,6 +95,7 @@ def start(
     *,
     source: Sequence[str] | None = None,
     on_step: Callable[[RunRecord], None] | None = None,
+    on_state: Callable[[RunRecord, State], None] | None = None,
 ) -> Run:
     """Train on a dataset into a new folder.
 
@@ -110,6 +111,10 @@ def start(
         Where the data lie; kept in config.json for `read_dataset`, and not compared.
     on_step : callable, optional
         Called with the record of every step, as it ends; may raise KeyboardInterrupt to stop.
+    on_state : callable, optional
+        Called before ``on_step`` with the record and the `State`: parameters, moments, average.
+        The next step writes over the arrays, so what is to be kept must be copied; to write to
+        them is another training, which does not resume to the same.
 
     Returns
     -------
@@ -127,6 +132,7 @@ def start(
         SIGINT (Ctrl-C) or SIGTERM came, or ``on_step`` raised it: the step was ended and a
         checkpoint written, from which `resume` goes on.  A second signal stops at once.
     """
+    loop.check_callbacks(on_step, on_state)
     job = _job(dataset, Path(out), (config or Config()).resolved(dataset))
     with _made(job), _alone(job.out):
         if job.settings.exists() or checkpoints.found(job.checkpoints):
@@ -136,7 +142,7 @@ def start(
             if source is not None:
                 described["source"] = list(source)
             temporary.write_text(json.dumps(described, indent=2) + "\n", "utf-8")
-        return _go_on(job, on_step)
+        return _go_on(job, on_step, on_state)
 
 
 def resume(
@@ -144,6 +150,7 @@ def resume(
     dataset: Dataset,
     *,
     on_step: Callable[[RunRecord], None] | None = None,
+    on_state: Callable[[RunRecord, State], None] | None = None,
 ) -> Run:
     """Go on with a run from its newest checkpoint, or from its start if there is none yet.
 
@@ -153,7 +160,7 @@ def resume(
         The folder of `start`.
     dataset : Dataset
         The same data as at the start.
-    on_step : callable, optional
+    on_step, on_state : callable, optional
         As in `start`.
 
     Returns
@@ -176,6 +183,7 @@ def resume(
     RuntimeWarning
         The newest checkpoint is damaged, and the one before it is used.
     """
+    loop.check_callbacks(on_step, on_state)
     settings = read_settings(out)
     job = _job(dataset, Path(out), Config.from_dict(settings["config"]))
     for name, found in _described(job, dataset).items():
@@ -184,7 +192,7 @@ def resume(
                 f"dataset: its {name} is {found}, expected {settings.get(name)} as in the run"
             )
     with _alone(job.out):
-        return _go_on(job, on_step)
+        return _go_on(job, on_step, on_state)
 
 
 def read_settings(out: str | os.PathLike[str]) -> dict[str, Any]:
@@ -358,7 +366,11 @@ def _described(job: _Job, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _go_on(job: _Job, on_step: Callable[[RunRecord], None] | None) -> Run:
+def _go_on(
+    job: _Job,
+    on_step: Callable[[RunRecord], None] | None,
+    on_state: Callable[[RunRecord, State], None] | None,
+) -> Run:
     """Train from the newest checkpoint to the end."""
     for folder in (job.out, job.checkpoints):
         files.remove_stale(folder)
@@ -379,6 +391,8 @@ def _go_on(job: _Job, on_step: Callable[[RunRecord], None] | None) -> Run:
                 if saved:
                     _save(job, state, history)
             try:
+                if on_state is not None:
+                    on_state(record, state)
                 if on_step is not None:
                     on_step(record)
                 _stop_if_asked(received, record.step)
