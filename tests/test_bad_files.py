@@ -355,6 +355,18 @@ BAD_FILES = {
         settings("text", lambda told: told["data"].update(length=-3), *SAMPLE),
         "length: received -3",
     ),
+    "a config of another format": (
+        settings("text", lambda told: told.update(format=3), *EVALUATE),
+        "config.json: is no marref-run-1",
+    ),
+    "a config without data": (
+        settings("text", lambda told: told.pop("data"), *SAMPLE),
+        "config.json: is damaged, expected data",
+    ),
+    "a config without source": (
+        settings("text", lambda told: told.pop("source"), *EVALUATE),
+        "text: does not say where its data lie",
+    ),
     "a source that is gone": (
         lambda folder: ((folder / "text.txt").unlink(), ["train", "--out", "text", "--resume"])[1],
         "text.txt",
