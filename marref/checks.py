@@ -78,7 +78,12 @@ def generator(argument: str, value: Any) -> np.random.Generator:
 
 
 def array(argument: str, value: Any) -> Array:
-    """Return ``value`` as an array; arrays, of subclasses too, as they are."""
+    """Return ``value`` as an array; arrays, of subclasses too, as they are.
+
+    Not masked ones: what is masked passes for good in every comparison, and is computed with.
+    """
+    if isinstance(value, np.ma.MaskedArray):
+        raise TypeError(f"{argument}: received a masked array, expected one without a mask")
     try:
         return np.asanyarray(value)
     except ValueError as error:

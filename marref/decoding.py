@@ -5,7 +5,8 @@ revealed and stay, the others are predicted again.  With z the logits of a posit
 temperature,
 
     p = softmax(z / T)         the id of [MASK] left out: its logit is -inf
-    token = arg max z          or, with an rng, drawn from p
+    token = arg max z          or, with an rng, drawn from p, or from the part of p that
+                               top_k and top_p keep
     confidence = p[token]
 
 `marref.schedules` says how many are revealed in a step.  Chang et al.
@@ -52,6 +53,8 @@ def iterative_decode(
     rng: np.random.Generator | None = None,
     choice_temperature: float = 0.0,
     exclude_mask_token: bool = True,
+    top_k: int | None = None,
+    top_p: float | None = None,
     return_steps: bool = False,
 ) -> npt.NDArray[np.int64] | Any:
     """Generate sequences by revealing the most confident tokens first.
@@ -69,8 +72,9 @@ def iterative_decode(
         K, the number of steps; a sequence with fewer masked positions takes one step for each.
     mask_token_id : int
     temperature : float
-        T > 0.  Scales the confidence, and the distribution that tokens are drawn from; arg max
-        does not depend on it.
+        T >= 0.  Scales the confidence, and the distribution that tokens are drawn from; arg max
+        does not depend on it.  0: tokens are the arg max also with ``rng``, with the confidence
+        of temperature 1, since in the limit all confidences are 1 and say nothing.
     batch_size : int, optional
         Number of sequences, 1 unless ``tokens`` say otherwise.
     tokens : integer array [batch_size, seq_len], optional
@@ -90,6 +94,14 @@ def iterative_decode(
     exclude_mask_token : bool
         False computes softmax and arg max over all ids, as some implementations do.  [MASK] may
         then be emitted; its position counts as revealed.
+    top_k : int, optional
+        Draw only from the so many largest logits, of equals those of lower ids.  Arg max does not
+        depend on it, as it does not on ``top_p``; nor does the confidence, see Notes.
+    top_p : float, optional
+        In (0, 1].  Draw only from the smallest set of most probable ids whose probabilities sum
+        to at least this, the id that gets there among them: the nucleus of Holtzman et al. 2020
+        (arXiv 1904.09751, section 3.1).  With ``top_k`` too, an id must be in both sets, each
+        taken from p = softmax(z / T).
     return_steps : bool
 
     Returns
@@ -111,6 +123,12 @@ def iterative_decode(
     -----
     Equal confidences: the lower position is revealed first.  Equal logits: the lower id wins.
     Gumbel noise is drawn in float64: in float32 its tails are cut off (arXiv 2409.02908).
+
+    Confidence is the probability of the token in the whole of p, whatever ``top_k`` and ``top_p``
+    keep of it: they say what may be drawn, not how sure the model is.  Dream's published code
+    takes that in the part that is left, which is 1 wherever one id is left: ties, which go to the
+    lower position, so that decoding silently runs from left to right.  Muse's code (lucidrains)
+    takes the whole distribution, at temperature 1.
     """
     tokens = start(model, seq_len, vocab_size, batch_size, mask_token_id, tokens)
     check_params(model, params, tokens)
@@ -122,6 +140,8 @@ def iterative_decode(
         order=order,
         choice_temperature=choice_temperature,
         exclude_mask_token=exclude_mask_token,
+        top_k=top_k,
+        top_p=top_p,
     )
 
     def predict_at(tokens: Array, masked: Array, uniforms: Array | None) -> tuple[Array, Array]:
@@ -142,11 +162,17 @@ class Rule:
     order: str
     choice_temperature: float
     exclude_mask_token: bool
+    top_k: int | None = None
+    top_p: float | None = None
 
     def __post_init__(self) -> None:
         checks.integer("num_steps", self.num_steps, 1)
-        checks.real("temperature", self.temperature, "(0, inf)")
+        checks.real("temperature", self.temperature, "[0, inf)")
         checks.real("choice_temperature", self.choice_temperature, "[0, inf)")
+        if self.top_k is not None:
+            checks.integer("top_k", self.top_k, 1)
+        if self.top_p is not None:
+            checks.real("top_p", self.top_p, "(0, 1]")
         checks.choice("order", self.order, ORDERS)
         if not callable(self.schedule):
             checks.choice("schedule", self.schedule, SCHEDULES)
@@ -218,8 +244,8 @@ def predict(logits: Array, rule: Rule, uniforms: Array | None) -> tuple[Array, A
     """Predict a token from each row of logits, with the logarithm of its confidence.
 
     The token is the arg max or, given a number u uniform in [0, 1) for each row, the first id
-    whose cumulative probability is above u.  Two tokens that are so sure that both confidences
-    round to 1 still differ in the logarithm.
+    whose cumulative probability, of what `keep` keeps, is above u.  Two tokens that are so sure
+    that both confidences round to 1 still differ in the logarithm.
 
     Parameters
     ----------
@@ -238,13 +264,45 @@ def predict(logits: Array, rule: Rule, uniforms: Array | None) -> tuple[Array, A
         logits[:, rule.mask_token_id] = -np.inf
     # Less the maximum first, so that a division by a small temperature overflows downwards only.
     shifted = logits - logits.max(axis=1, keepdims=True)
-    log_probabilities = log_softmax(over_temperature(shifted, rule.temperature))
+    log_probabilities = log_softmax(over_temperature(shifted, rule.temperature or 1.0))
     tokens = logits.argmax(axis=1)
-    if uniforms is not None:
-        cumulative = np.cumsum(np.exp(log_probabilities), axis=1, dtype=np.float64)
+    if uniforms is not None and rule.temperature > 0:
+        kept = keep(logits, np.exp(log_probabilities), rule)
+        cumulative = np.cumsum(kept, axis=1, dtype=np.float64)
         bound = uniforms * cumulative[:, -1]
         tokens = (cumulative <= bound[:, np.newaxis]).sum(axis=1)
     return tokens, log_probabilities[np.arange(len(tokens)), tokens]
+
+
+def keep(logits: Array, probabilities: Array, rule: Rule) -> Array:
+    """Set to 0 the probabilities of the ids that top_k or top_p does not keep.
+
+    Both look at the ids in order of falling logits, the lower of equals first, and keep the first
+    of them: top_k so many, top_p those before which the sum is not yet p.
+
+    Parameters
+    ----------
+    logits, probabilities : arrays [masked, vocab_size]
+    rule : Rule
+
+    Returns
+    -------
+    array [masked, vocab_size]
+        Not normalised: what is drawn from it is, by its sum.
+    """
+    if rule.top_k is None and rule.top_p is None:
+        return probabilities
+    order = np.argsort(-logits, axis=1, kind="stable")
+    falling = np.take_along_axis(probabilities, order, axis=1)
+    if rule.top_p is not None:
+        sums = np.cumsum(falling, axis=1, dtype=np.float64)
+        # In float32 the sum of all is not 1 exactly.
+        falling[:, 1:][sums[:, :-1] >= rule.top_p * sums[:, -1:]] = 0.0
+    if rule.top_k is not None:
+        falling[:, rule.top_k :] = 0.0
+    kept = np.empty_like(falling)
+    np.put_along_axis(kept, order, falling, axis=1)
+    return kept
 
 
 def over_temperature(z: Array, temperature: float) -> Array:

@@ -85,6 +85,32 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             sync(target.parent)
 
 
+def regular(path: str | os.PathLike[str]) -> Path:
+    """Return a path if it leads to a regular file: to read another may never end.
+
+    Parameters
+    ----------
+    path : path
+
+    Returns
+    -------
+    pathlib.Path
+
+    Raises
+    ------
+    OSError
+        There is nothing.
+    ValueError
+        It is a folder, a device, a pipe or a socket.
+    """
+    path = Path(path)
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode):
+        what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise ValueError(f"{path}: is {what}, expected a file")
+    return path
+
+
 @contextlib.contextmanager
 def naming(path: str | os.PathLike[str]) -> Iterator[None]:
     """Put a file's name into errors of the system that have none, such as that of a full disk."""
@@ -344,7 +370,7 @@ def load_metadata(path: str | os.PathLike[str], *, max_bytes: int) -> dict[str, 
     ImportError
         safetensors is not installed.
     """
-    path = Path(path)
+    path = regular(path)
     of_format = _safetensors_metadata if _is_safetensors(path) else _npz_metadata
     with path.open("rb") as file:
         try:

@@ -45,26 +45,6 @@ def samples(path: Path, real: Array, generated: Array) -> None:
     _write(path, figure)
 
 
-def grid(path: Path, images: Array) -> None:
-    """Draw images in a square.
-
-    Parameters
-    ----------
-    path : pathlib.Path
-    images : uint8 array [count, height, width] or [count, height, width, 3]
-    """
-    if images.ndim == 3:
-        images = np.repeat(images[..., np.newaxis], 3, axis=-1)
-    columns = int(np.ceil(np.sqrt(len(images))))
-    blank = -len(images) % columns
-    padded = np.pad(images, ((0, blank), (0, _GAP), (0, _GAP), (0, 0)), constant_values=192)
-    rows = padded.reshape(-1, columns, *padded.shape[1:])
-    picture = np.concatenate(np.concatenate(rows, axis=1), axis=1)
-    figure = Figure(figsize=(6, 6 * picture.shape[0] / picture.shape[1]), layout="constrained")
-    _show(figure.subplots(), picture, "")
-    _write(path, figure)
-
-
 def unmasking(path: Path, tokens: Array, mask: Array) -> None:
     """Draw the decoder at work: a row a step, a column a sequence, masked pixels in colour.
 

@@ -227,3 +227,23 @@ def decode(logits_of, tokens, *, num_steps, temperature, schedule, mask_token_id
             mask[position] = False
         steps.append((list(tokens), list(mask), list(confidence)))
     return steps
+
+
+def drawn_from(logits, *, temperature, top_k=None, top_p=None, mask_token_id=0):
+    """Give the probability with which each id is drawn at a masked position.
+
+    logits: [vocab_size] -> [vocab_size]
+
+    p = softmax(logits / temperature), [MASK] having the logit -inf.  Taken one by one, the most
+    probable first and the lower of equals first, an id is kept if fewer than top_k were taken
+    before it, and if those have less than top_p together.  What is kept is divided by its sum.
+    """
+    ids = [token for token in range(len(logits)) if token != mask_token_id]
+    p = dict(zip(ids, softmax([logits[token] / mp.mpf(temperature) for token in ids]), strict=True))
+    kept, taken = {}, mp.mpf(0)
+    for number, token in enumerate(sorted(ids, key=lambda token: (-logits[token], token))):
+        if (top_k is None or number < top_k) and (top_p is None or taken < top_p):
+            kept[token] = p[token]
+        taken += p[token]
+    total = sum(kept.values())
+    return [kept.get(token, mp.mpf(0)) / total for token in range(len(logits))]

@@ -167,3 +167,56 @@ def test_fail_fast_leaves_out_what_comes_after_the_first_stage_that_differs(tmp_
     assert "the first is loss" in printed
     assert "activations/logits" in printed
     assert "gradients/" not in printed
+
+
+# Completion.
+
+
+def completion(shell, capsys):
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--print-completion", shell])
+    assert exit_.value.code == 0
+    return capsys.readouterr().out
+
+
+def completed(script, *words):
+    """What bash offers for the last word."""
+    line = " ".join(words)
+    program = (
+        f"{script}\nCOMP_WORDS=({line}); COMP_CWORD={len(words) - 1}; "
+        f"COMP_LINE='{line}'; COMP_POINT={len(line)}; _shtab_marref; "
+        'printf "%s\\n" "${COMPREPLY[@]}"'
+    )
+    bash = [shutil.which("bash"), "--norc", "-c", program]
+    return subprocess.run(bash, capture_output=True, text=True, check=True).stdout.split()
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_bash_completes_commands_options_choices_and_files(capsys, tmp_path, monkeypatch):
+    script = completion("bash", capsys)
+    assert completed(script, "marref", "sa") == ["sample"]
+    assert completed(script, "marref", "sample", "--top") == ["--top-k", "--top-p"]
+    assert completed(script, "marref", "sample", "--order", "r") == ["random"]
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "book.txt").touch()
+    for words in (["train", "b"], ["sample", "--prompt", "b"], ["sample", "--out", "b"]):
+        assert completed(script, "marref", *words) == ["book.txt"], words
+
+
+@pytest.mark.parametrize("shell", ["zsh", "tcsh"])
+def test_every_command_is_completed_in_other_shells_too(shell, capsys):
+    script = completion(shell, capsys)
+    for command in ("train", "sample", "evaluate", "demo", "check", "golden", "compare"):
+        assert command in script
+    assert ("--top-p" in script) == (shell == "zsh"), "shtab knows no options of a command in tcsh"
+
+
+def test_shtab_is_asked_for_by_name(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["--print-completion", "bash"])
+    assert exit_.value.code == 2
+    error = capsys.readouterr().err
+    assert 'needs the completion extra: pip install ".[completion]"' in error
+    assert error.count("\n") == 1

@@ -14,7 +14,7 @@ import pytest
 
 import marref
 from marref import cli, trees
-from marref.cli import sample
+from marref.cli import drawing, prompts, sample
 from marref.data.codecs import Bytes, Characters
 from marref.training import checkpoints, runs
 from tests.test_runs import without_pictures
@@ -263,12 +263,12 @@ def test_a_damaged_best_checkpoint_is_passed_over_with_one_line(text, tmp_path, 
 
 def test_a_blank_is_an_underscore_without_a_backslash():
     codec = Characters("\\_ab")
-    tokens = sample.prompt_tokens(r"a_\_b\a", codec, 10)
+    tokens = prompts.read(r"a_\_b\a", codec, 10)
     assert tokens.tolist() == [3, 0, 2, 4, 1, 3]
-    assert sample.prompt_tokens("ö_", Bytes(), 10).tolist() == [0xC3 + 1, 0xB6 + 1, 0]
+    assert prompts.read("ö_", Bytes(), 10).tolist() == [0xC3 + 1, 0xB6 + 1, 0]
 
 
-def test_pictures_are_drawn_in_characters_and_to_a_file(tmp_path, capsys):
+def test_pictures_are_drawn_in_characters(tmp_path, capsys):
     out = tmp_path / "digits"
     said(capsys, "train", "digits", "--out", out, *TINY, "--num-steps", 1)
     printed = said(capsys, "sample", out, "--num", 1, "--steps", 2, "--show-steps")
@@ -276,9 +276,151 @@ def test_pictures_are_drawn_in_characters_and_to_a_file(tmp_path, capsys):
     assert [stage.count("\n") for stage in stages] == [8, 8]
     assert "__" in stages[0]
     assert "_" not in stages[1]
-    pytest.importorskip("matplotlib")
-    said(capsys, "sample", out, "--num", 5, "--steps", 2, "--out", tmp_path / "s.png")
-    assert (tmp_path / "s.png").read_bytes().startswith(b"\x89PNG")
+
+
+# Pictures and ids.
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """A run on pictures."""
+    out = tmp_path_factory.mktemp("runs") / "digits"
+    with without_pictures():
+        assert cli.main(["train", "digits", "--out", str(out), *TINY, "--num-steps", "1"]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def numbers(tmp_path_factory):
+    """A run on ids."""
+    folder = tmp_path_factory.mktemp("runs")
+    np.save(folder / "a.npy", np.arange(60).reshape(10, 6) % 7)
+    with without_pictures():
+        options = [str(folder / "a.npy"), "--out", str(folder / "run"), *TINY]
+        assert cli.main(["train", *options, "--num-steps", "1"]) == 0
+    return folder / "run"
+
+
+def frames(path):
+    found = []
+    with pytest.importorskip("PIL.Image").open(path) as image:
+        for number in range(image.n_frames):
+            image.seek(number)
+            found.append(np.asarray(image.convert("RGB")))
+    return found
+
+
+def holes(picture):
+    """Which pixels have the colour of a mask."""
+    return (picture == drawing._COLOUR_OF_MASK).all(axis=-1)
+
+
+def test_pictures_are_written_in_a_square(digits, tmp_path, capsys):
+    pytest.importorskip("PIL.Image")
+    said(capsys, "sample", digits, "--num", 5, "--out", tmp_path / "s.npy")
+    pixels = np.load(tmp_path / "s.npy").reshape(5, 8, 8)
+    said(capsys, "sample", digits, "--num", 5, "--out", tmp_path / "s.png")
+    (picture,) = frames(tmp_path / "s.png")
+    factor = 512 // (3 * 9)
+    assert picture.shape == (2 * 9 * factor, 3 * 9 * factor, 3)
+    small = picture[::factor, ::factor]
+    for index in range(5):
+        row, column = divmod(index, 3)
+        found = small[9 * row : 9 * row + 8, 9 * column : 9 * column + 8]
+        expected = np.rint(pixels[index, ..., np.newaxis] * 255 / 16).astype(np.uint8)
+        np.testing.assert_array_equal(found, np.broadcast_to(expected, (8, 8, 3)))
+    assert (small[9:17, 18:26] == 192).all(), "the sixth place is empty"
+
+
+def test_steps_are_drawn_a_row_each_with_masked_pixels_in_colour(digits, tmp_path, capsys):
+    pytest.importorskip("PIL.Image")
+    options = ["--num", 3, "--steps", 4, "--schedule", "linear", "--show-steps"]
+    printed = said(capsys, "sample", digits, *options, "--out", tmp_path / "s.png")
+    assert printed == f"Wrote 3 to {tmp_path / 's.png'}.\n"
+    (picture,) = frames(tmp_path / "s.png")
+    factor = 512 // (5 * 9)
+    masked = holes(picture[::factor, ::factor]).reshape(5, 9, 3, 9).sum(axis=(1, 3))
+    assert masked.tolist() == [[count] * 3 for count in (64, 48, 32, 16, 0)]
+
+
+def test_an_animation_shows_every_step_and_begins_with_nothing(digits, tmp_path, capsys):
+    pytest.importorskip("PIL.Image")
+    options = ["--num", 2, "--steps", 4, "--schedule", "linear"]
+    said(capsys, "sample", digits, *options, "--gif", tmp_path / "s.gif")
+    shown = frames(tmp_path / "s.gif")
+    factor = 512 // (2 * 9)
+    masked = [holes(frame[::factor, ::factor]).sum() for frame in shown]
+    assert masked == [2 * 64, 2 * 48, 2 * 32, 2 * 16, 0]
+    said(capsys, "sample", digits, *options, "--out", tmp_path / "s.png")
+    np.testing.assert_array_equal(shown[-1], frames(tmp_path / "s.png")[0])
+
+
+def test_of_many_steps_some_are_shown_and_the_last_always(digits):
+    stages = np.arange(200)[:, np.newaxis]
+    assert drawing._spread(stages, 64)[[0, -1], 0].tolist() == [0, 199]
+    assert len(drawing._spread(stages, 64)) == 64
+    np.testing.assert_array_equal(drawing._spread(stages[:5], 64), stages[:5])
+
+
+def test_the_hole_of_a_picture_is_filled_and_the_rest_is_kept(digits, tmp_path, capsys):
+    pillow = pytest.importorskip("PIL.Image")
+    grey = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
+    opacity = np.full((8, 8), 255, np.uint8)
+    opacity[2:5, 3:] = 0
+    pillow.fromarray(np.stack([grey, opacity], axis=-1)).save(tmp_path / "hole.png")
+    options = ["--num", 4, "--prompt", tmp_path / "hole.png", "--out", tmp_path / "s.npy"]
+    said(capsys, "sample", digits, *options)
+    filled = np.load(tmp_path / "s.npy").reshape(4, 8, 8)
+    level = np.rint(grey / 255 * 16)
+    assert (filled[:, opacity == 255] == level[opacity == 255]).all()
+    assert len(np.unique(filled[:, opacity == 0], axis=0)) > 1
+
+
+def test_ids_are_filled_in_where_they_are_minus_1(numbers, tmp_path, capsys):
+    np.save(tmp_path / "p.npy", [3, -1, 0, -1, 6])
+    options = ["--num", 20, "--prompt", tmp_path / "p.npy", "--out", tmp_path / "s.npy"]
+    said(capsys, "sample", numbers, *options)
+    filled = np.load(tmp_path / "s.npy")
+    assert (filled[:, [0, 2, 4]] == [3, 0, 6]).all()
+    assert len(np.unique(filled, axis=0)) > 1
+
+
+@pytest.mark.parametrize("option", [["--gif", "s.gif"], ["--out", "s.png"]])
+def test_pillow_is_asked_for_by_name_before_anything_is_drawn(
+    option, digits, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "PIL.Image", None)
+    monkeypatch.setattr(marref, "iterative_decode", None)
+    assert cli.main(["sample", str(digits), *option]) == 2
+    error = capsys.readouterr().err
+    assert 'needs the images extra: pip install ".[images]"' in error
+    assert error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_animation_is_written_whole_or_not_at_all(digits, tmp_path, capsys, monkeypatch):
+    image = pytest.importorskip("PIL.Image").Image
+
+    def save(self, path, *args, **options):
+        path.write_bytes(b"GIF89a")
+        raise OSError("no space")
+
+    (tmp_path / "s.gif").write_bytes(b"the one before")
+    monkeypatch.setattr(image, "save", save)
+    options = ["--num", "1", "--steps", "2", "--gif", str(tmp_path / "s.gif")]
+    assert cli.main(["sample", str(digits), *options]) == 2
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"the one before"]
+
+
+def test_top_k_top_p_and_temperature_reach_the_decoder(run, capsys):
+    def texts(*options):
+        return set(re.split(r"--- \d+\n", said(capsys, "sample", run, "--num", 8, *options))[1:])
+
+    blanks = ["--prompt", "the ____ dog", "--steps", 1]
+    for surest in (["--top-k", 1], ["--top-p", 1e-6], ["--temperature", 0]):
+        assert len(texts(*blanks, *surest)) == 1
+    assert len(texts(*blanks)) == 8
 
 
 def test_an_output_that_lacks_a_character_gets_an_escape(run, monkeypatch):
@@ -297,6 +439,24 @@ def test_a_reader_that_has_seen_enough_is_no_error(run):
     with open(writing, "wb") as closed:
         done = subprocess.run(command, stdout=closed, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (128 + signal.SIGPIPE, "")
+
+
+def test_an_output_that_is_closed_from_the_start_is_no_error(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    options = ["--num", "1", "--out", str(tmp_path / "s.txt")]
+    assert cli.main(["sample", str(run), *options]) == 0
+    assert (tmp_path / "s.txt").exists()
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_an_output_that_is_full_is_one_line(run, monkeypatch, capsys):
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert cli.main(["sample", str(run), "--num", "1"]) == 2
+        monkeypatch.undo()
+        with pytest.raises(OSError, match="No space"):
+            full.close()
+    assert capsys.readouterr().err == "marref: [Errno 28] No space left on device\n"
 
 
 def test_no_control_character_reaches_the_terminal():
@@ -332,10 +492,10 @@ def test_sequences_that_are_measured_do_not_overlap(run, capsys, monkeypatch):
     assert taken[0] >= 16
 
 
-# What is wrong is one line, and nothing is written.
+# What is wrong with a command is one line, and nothing is written; tests/test_bad_files.py has the
+# table of what is wrong with a file.
 
 BAD = {
-    "no such file": ("train nowhere.txt --out out", "nowhere.txt"),
     "no data": ("train --out out", "data: received none"),
     "no folder": ("train TEXT", "--out"),
     "an option that is misspelt": ("train TEXT --out out --num-step 3", "nearest: --num-steps"),
@@ -350,18 +510,18 @@ BAD = {
     "levels of text": ("train TEXT --out out --levels 4", "levels: received for bytes"),
     "windows that are too long": ("train TEXT --out out --length 5000", "length + 1"),
     "a sequence too long": ("train TEXT --out out --seq-len 4", "seq_len: received 4"),
-    "an empty file": ("train EMPTY --out out", "empty.txt"),
-    "no TOML": ("train TEXT --out out --config TEXT", "is no TOML"),
-    "an unknown option in TOML": ("train TEXT --out out --config TOML", "nearest: num_steps"),
-    "a folder that is a file": ("train TEXT --out TEXT", "text.txt"),
-    "a folder that holds a run": ("train TEXT --out RUN", "holds a run already"),
     "no run to go on with": ("train --out out --resume", "holds no run"),
     "other options": ("train --out RUN --resume --num-steps 9", "--num-steps: received with"),
     "other data": ("train HALF --out RUN --resume", "dataset: its data"),
     "no run to sample": ("sample out", "holds no run"),
     "no samples": ("sample RUN --num 0", "received 0, expected an integer >= 1"),
     "an unknown order": ("sample RUN --order left", "invalid choice"),
-    "no temperature": ("sample RUN --temperature 0", "temperature: received 0"),
+    "no temperature": ("sample RUN --temperature -1", "temperature: received -1"),
+    "no top k": ("sample RUN --top-k 0", "received 0, expected an integer >= 1"),
+    "no top p": ("sample RUN --top-p 0", "top_p: received 0"),
+    "an animation of text": ("sample RUN --gif s.gif", "--gif: received for characters"),
+    "an animation in another format": ("sample RUN --gif s.png", "--gif: suffix"),
+    "an animation in no folder": ("sample RUN --gif no/s.gif", "folder does not exist"),
     "noise in random order": (
         "sample RUN --order random --choice-temperature 2",
         "choice_temperature",
@@ -373,7 +533,6 @@ BAD = {
     "a folder that does not exist": ("sample RUN --out no/s.npy", "folder does not exist"),
     "a picture of text": ("sample RUN --out s.png", "expected .npy"),
     "no run to measure": ("evaluate out", "holds no run"),
-    "data with other characters": ("evaluate RUN OTHER", "is not in the alphabet"),
     "a misspelt command": ("trian TEXT --out out", "nearest: train"),
 }
 
@@ -381,12 +540,8 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_wrong_is_one_line(case, run, text, tmp_path, capsys, monkeypatch):
     command, message = BAD[case]
-    (tmp_path / "empty.txt").touch()
-    (tmp_path / "o.toml").write_text("num_step = 3")
-    (tmp_path / "other.txt").write_text("UPPER CASE " * 300)
     (tmp_path / "half.txt").write_text(TEXT[: len(TEXT) // 2])
-    paths = {"TEXT": text, "RUN": run, "EMPTY": "empty.txt", "TOML": "o.toml"}
-    paths |= {"OTHER": "other.txt", "HALF": "half.txt"}
+    paths = {"TEXT": text, "RUN": run, "HALF": "half.txt"}
     monkeypatch.chdir(tmp_path)
     before = sorted(os.listdir(tmp_path)), sorted(run.rglob("*"))
     try:
@@ -408,23 +563,6 @@ def test_too_little_memory_is_one_line(text, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(runs, "start", start)
     assert cli.main(["train", str(text), "--out", str(tmp_path / "run"), *SMALL]) == 2
     assert capsys.readouterr().err == "marref: MemoryError\n"
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (lambda settings: settings.pop("data"), "is damaged"),
-        (lambda settings: settings["data"].update(length="x"), "expected an integer"),
-        (lambda settings: settings.pop("source"), "does not say where its data lie"),
-        (lambda settings: settings.update(format=3), "is no marref-run-1"),
-    ],
-)
-def test_a_damaged_config_is_one_line(run, tmp_path, capsys, change, message):
-    out = copied(run, tmp_path, change)
-    assert cli.main(["evaluate", str(out)]) == 2
-    error = capsys.readouterr().err
-    assert message in error
-    assert error.count("\n") == 1
 
 
 def test_the_version_is_printed(capsys):

@@ -881,6 +881,10 @@ BAD_CALLS = {
         IDS[:0], data.Bytes(), 3
     ),
     "tokens: shape [1, 4, 3], expected": lambda: data.Dataset(IDS[np.newaxis], data.Bytes(), 3),
+    "tokens: received a masked array, expected one without a mask": lambda: data.Dataset(
+        np.ma.masked_equal(IDS, 3), data.Ids(12), 3
+    ),
+    "ids: received a masked array": lambda: data.Ids(3).encode(np.ma.masked_equal([0, -1], -1)),
     "labels: shape [3], expected [4]": lambda: data.Dataset(IDS, data.Bytes(), 3, np.arange(3)),
     "index: 7, expected integers in [0, 6]": lambda: STREAM.rows([0, 7]),
     "index: -1, expected integers in [0, 3]": lambda: SEQUENCES.rows([-1]),

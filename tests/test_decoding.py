@@ -8,6 +8,7 @@ from scipy import stats
 
 import marref
 from marref import decoding, schedules, trees
+from marref.loss import log_softmax
 
 from . import strategies
 from .strategies import both_ways
@@ -231,6 +232,101 @@ def test_drawn_tokens_follow_the_softmax_at_the_temperature(way):
     expected /= expected.sum()
     assert stats.chisquare(np.bincount(tokens.ravel())[1:], count * expected).pvalue > 1e-3
     np.testing.assert_allclose(steps["confidence"][-1], expected[tokens - 1], rtol=1e-12)
+
+
+@both_ways
+@pytest.mark.parametrize(
+    ("filters", "kept"),
+    [
+        ({"top_k": 2}, [1, 4]),
+        ({"top_k": 3}, [1, 4, 2]),
+        ({"top_k": 99}, [1, 2, 3, 4]),
+        ({"top_p": 0.1}, [1]),
+        ({"top_p": 0.8}, [1, 4, 2]),
+        ({"top_p": 1.0}, [1, 2, 3, 4]),
+        ({"top_k": 2, "top_p": 0.8}, [1, 4]),
+    ],
+)
+def test_drawn_tokens_follow_the_part_that_is_kept_and_confidence_the_whole(way, filters, kept):
+    # The probabilities of ids 1 to 4 at this temperature are 0.45, 0.16, 0.08 and 0.31.
+    logits, temperature, count = [9.0, 3.0, 1.0, 0.0, 2.4], 2.0, 8000
+    logits[2] = 3.0 + temperature * np.log(0.16 / 0.45)
+    logits[3] = 3.0 + temperature * np.log(0.08 / 0.45)
+    logits[4] = 3.0 + temperature * np.log(0.31 / 0.45)
+    model, params = with_logits(logits, seq_len=4)
+    tokens, steps = way.iterative_decode(
+        model,
+        params,
+        batch_size=count // 4,
+        num_steps=1,
+        temperature=temperature,
+        rng=np.random.default_rng(0),
+        return_steps=True,
+        **filters,
+    )
+    whole = np.array([0.0, 0.45, 0.16, 0.08, 0.31])
+    expected = np.where(np.isin(range(5), kept), whole, 0.0)
+    expected *= count / expected.sum()
+    counts = np.bincount(tokens.ravel(), minlength=5)
+    assert np.flatnonzero(counts).tolist() == sorted(kept)
+    if len(kept) > 1:
+        assert stats.chisquare(counts[sorted(kept)], expected[sorted(kept)]).pvalue > 1e-3
+    np.testing.assert_allclose(steps["confidence"][-1], whole[tokens], rtol=1e-12)
+
+
+@both_ways
+def test_of_equal_logits_top_k_and_top_p_keep_the_lower_ids(way):
+    model, params = with_logits([9.0, 1.0, 2.0, 1.0, 1.0], seq_len=4)
+    for filters in ({"top_k": 3}, {"top_p": 2 / 3}):
+        tokens = way.iterative_decode(
+            model, params, batch_size=500, rng=np.random.default_rng(0), **filters
+        )
+        assert set(tokens.ravel().tolist()) == {1, 2, 3}
+
+
+@both_ways
+@given(decoding=decodings())
+@settings(max_examples=40)
+def test_filters_that_keep_all_change_nothing_and_without_rng_none_does(way, decoding):
+    (model, params, start, *_), options, make_rng = decoding
+    plain = way.iterative_decode(model, params, tokens=start, rng=make_rng(), **options)
+    all_kept = {"top_k": model.vocab_size, "top_p": 1.0}
+    filters = all_kept if make_rng() is not None else {"top_k": 1, "top_p": 0.01}
+    found = way.iterative_decode(model, params, tokens=start, rng=make_rng(), **options, **filters)
+    np.testing.assert_array_equal(found, plain)
+
+
+@both_ways
+@given(case=strategies.cases(), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=30)
+def test_temperature_0_and_top_k_1_give_the_arg_max_with_the_confidence_of_the_whole(
+    way, case, seed
+):
+    model, params, start, *_ = case
+    expected, steps = way.iterative_decode(model, params, tokens=start, return_steps=True)
+    for only_best in ({"temperature": 0}, {"top_k": 1}):
+        rng = np.random.default_rng(seed)
+        tokens, drawn = way.iterative_decode(
+            model, params, tokens=start, rng=rng, return_steps=True, **only_best
+        )
+        np.testing.assert_array_equal(tokens, expected)
+        np.testing.assert_allclose(drawn["confidence"], steps["confidence"], rtol=1e-11)
+
+
+def test_the_id_with_which_the_sum_reaches_top_p_is_the_last():
+    logits, probabilities = np.array([[1.0, 3.0, 2.0, 1.0]]), np.array([[0.125, 0.5, 0.25, 0.125]])
+    for top_p, kept in ((0.5, [1]), (0.51, [1, 2]), (0.75, [1, 2]), (0.8, [0, 1, 2])):
+        found = decoding.keep(logits, probabilities, rule(top_p=top_p))
+        assert np.flatnonzero(found[0]).tolist() == kept
+
+
+def test_ids_of_tiny_probability_survive_top_p_1_in_float32():
+    # In float32 the other probabilities add up to more than 1.
+    logits = np.append(np.zeros(8191), -12.0).astype(np.float32)[np.newaxis]
+    probabilities = np.exp(log_softmax(logits))
+    assert probabilities[0, :-1].sum(dtype=np.float64) > 1
+    kept = decoding.keep(logits, probabilities, rule(top_p=1.0))
+    np.testing.assert_array_equal(kept, probabilities)
 
 
 @both_ways

@@ -122,6 +122,18 @@ BAD_CALLS = {
     "dlogits: dtype float32, expected float64 as in params": lambda: MODEL.backward(
         PARAMS, LOGITS.astype(np.float32), MODEL.forward(PARAMS, TOKENS)[1]
     ),
+    "tokens: received a masked array, expected one without a mask": lambda: MODEL(
+        PARAMS, np.ma.masked_equal([[1, -1]], -1)
+    ),
+    "targets: received a masked array": lambda: marref.mar_loss(
+        LOGITS, np.ma.masked_equal(TOKENS, 1), MASK
+    ),
+    "mask: received a masked array": lambda: marref.mar_loss(
+        LOGITS, TOKENS, np.ma.masked_equal(MASK, True)
+    ),
+    "ratio: received a masked array": lambda: marref.mask_tokens(
+        TOKENS, np.ma.masked_greater([0.5, 2.0], 1.0), RNG
+    ),
     # The loss.
     "logits: dtype int64, expected float32": lambda: marref.mar_loss(
         LOGITS.astype(int), TOKENS, MASK
@@ -235,6 +247,8 @@ BAD_CALLS = {
     "mask_schedule: received 'all', expected one of": train(mask_schedule="all"),
     "warmup_steps: received 2, expected an integer in [0, 1]": train(warmup_steps=2),
     "rng: received NoneType, expected": train(rng=None),
+    "on_step: received int, expected a function": train(on_step=5),
+    "on_state: received str, expected a function": train(on_state="print"),
     "method: received 'forward', expected one of complex-step, central": gradients(
         method="forward"
     ),
@@ -262,7 +276,7 @@ BAD_CALLS_OF_BOTH_WAYS = {
     "seq_len: received 7, expected an integer in [1, 6]": decode(seq_len=7),
     "num_steps: received 0, expected an integer >= 1": decode(num_steps=0),
     "mask_token_id: received 5, expected an integer in [0, 4]": decode(mask_token_id=5),
-    "temperature: received 0, expected a number in (0, inf)": decode(temperature=0),
+    "temperature: received -1, expected a number in [0, inf)": decode(temperature=-1),
     "temperature: received inf": decode(temperature=float("inf")),
     "batch_size: received 0": decode(batch_size=0),
     "tokens: shape [2, 3], expected [4, 3]": decode(tokens=TOKENS, batch_size=4),
@@ -289,6 +303,12 @@ BAD_CALLS_OF_BOTH_WAYS = {
     'choice_temperature: received 1.0, expected 0 with order="random"': decode(
         choice_temperature=1.0, rng=RNG, order="random"
     ),
+    "top_k: received 0, expected an integer >= 1": decode(top_k=0),
+    "top_k: received 2.0, expected an integer": decode(top_k=2.0),
+    "top_p: received 0, expected a number in (0, 1]": decode(top_p=0),
+    "top_p: received 1.5": decode(top_p=1.5),
+    "top_p: received nan": decode(top_p=float("nan")),
+    "top_p: received '0.9', expected a real number": decode(top_p="0.9"),
     "logits: nan at [0, 0], expected finite numbers": lambda way: way.iterative_decode(
         MODEL, with_leaf("head.bias", np.full(5, np.nan))
     ),

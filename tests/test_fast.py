@@ -255,8 +255,10 @@ def test_decoding_is_the_definitions(data, num_threads, known):
         **start,
         **chance,
         "num_steps": data.draw(st.integers(1, 7)),
-        "temperature": data.draw(st.sampled_from([0.3, 1.0, 2.0])),
+        "temperature": data.draw(st.sampled_from([0, 0.3, 1.0, 2.0])),
         "exclude_mask_token": data.draw(st.booleans()),
+        "top_k": data.draw(st.sampled_from([None, 1, 2, 3])),
+        "top_p": data.draw(st.sampled_from([None, 0.4, 0.9, 1.0])),
         "return_steps": True,
     }
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import marref
+from marref import decoding
 
 from . import oracle, strategies
 from .strategies import both_ways
@@ -208,6 +209,32 @@ def test_ties_are_decoded_as_by_the_oracle(way, schedule):
     assert_decodes_like_the_oracle(way, model, params, lambda tokens: rows, start, **options)
     tokens, _, _ = oracle.decode(lambda tokens: rows, [0, 4, 0, 0, 0], **options)[0]
     assert tokens[:3] == [2, 4, 0], "the oracle itself takes the lower id and the lower position"
+
+
+@pytest.mark.parametrize("filters", [{}, {"top_k": 3}, {"top_p": 0.6}, {"top_k": 4, "top_p": 0.8}])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
+def test_every_id_is_drawn_with_the_probability_of_the_oracle(temperature, filters):
+    """Where the id changes as u rises from 0 to 1 are the oracle's cumulative probabilities."""
+    rng = np.random.default_rng(0)
+    for logits in (*rng.normal(0.0, 2.0, (20, 7)), np.array([9.0, 1, 0, 1, 1, 0, -200])):
+        options = {"temperature": temperature, "mask_token_id": 3, **filters}
+        probabilities = oracle.drawn_from(oracle.exact(logits), **options)
+        rule = decoding.Rule(
+            num_steps=1,
+            schedule="cosine",
+            order="confidence",
+            choice_temperature=0.0,
+            exclude_mask_token=True,
+            **options,
+        )
+        ends = np.cumsum(np.array(probabilities, np.float64))
+        possible = [token for token in range(7) if probabilities[token] > 1e-10]
+        lowest = [0.0, *ends[possible[:-1]] + 1e-12]
+        highest = [*ends[possible[:-1]] - 1e-12, 1.0 - 2.0**-53]
+        for uniforms in (lowest, highest):
+            rows = np.tile(logits, (len(possible), 1))
+            tokens, _ = decoding.predict(rows, rule, np.array(uniforms))
+            assert tokens.tolist() == possible
 
 
 def test_the_oracle_leaves_the_global_precision_alone():

@@ -1,4 +1,5 @@
 import contextlib
+import copy
 import dataclasses
 import errno
 import importlib.util
@@ -320,6 +321,45 @@ def test_the_history_is_on_the_disk_before_the_checkpoint_that_it_leads_to(tmp_p
     monkeypatch.setattr(os, "fsync", syncs)
     monkeypatch.setattr(checkpoints, "save", saves)
     runs.start(DATASET, tmp_path, CONFIG)
+
+
+@pytest.mark.parametrize("stopped", [False, True])
+def test_a_callback_sees_the_state_of_every_step(whole, tmp_path, stopped):
+    seen = {}
+
+    def on_state(record, state):
+        seen[record.step] = copy.deepcopy(state)
+
+    if stopped:
+        with pytest.raises(KeyboardInterrupt):
+            runs.start(DATASET, tmp_path, CONFIG, on_state=on_state, on_step=stopping_after(5))
+        run = runs.resume(tmp_path, DATASET, on_state=on_state)
+    else:
+        run = runs.start(DATASET, tmp_path, CONFIG, on_state=on_state)
+    assert list(seen) == list(range(1, 13))
+    assert_same_state(seen[12], run.state)
+    assert_same_state(seen[12], whole[1].state)
+    saved = checkpoints.load(checkpoints.found(tmp_path / "checkpoints")[8]).state
+    assert_same_state(seen[8], saved)
+
+
+@pytest.mark.parametrize("name", ["on_step", "on_state"])
+def test_a_callback_that_is_none_is_refused_before_anything_is_written(name, whole, tmp_path):
+    with pytest.raises(TypeError, match=f"{name}: received int, expected a function"):
+        runs.start(DATASET, tmp_path / "run", CONFIG, **{name: 5})
+    with pytest.raises(TypeError, match=f"{name}: received int, expected a function"):
+        runs.resume(whole[0], DATASET, **{name: 5})
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_callback_that_sees_the_state_may_stop_the_run(tmp_path):
+    def on_state(record, state):
+        if record.step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.start(DATASET, tmp_path, CONFIG, on_state=on_state)
+    assert max(checkpoints.found(tmp_path / "checkpoints")) == 3
 
 
 # What stops a run.

@@ -65,6 +65,22 @@ def test_the_history_says_what_happened_in_every_step(small):
     assert all(record.tokens_per_second > 0 and record.grad_norm > 0 for record in history)
 
 
+def test_a_callback_sees_parameters_and_moments_of_every_step(small):
+    seen = []
+
+    def on_state(record, state):
+        norm = np.linalg.norm(state.optimiser["first_moment"]["head"]["kernel"])
+        seen.append((record.step, state.params["head"]["kernel"].copy(), norm, state.average))
+
+    trained, _ = fit(*small, num_steps=3, warmup_steps=1, on_state=on_state)
+    steps, kernels, norms, averages = zip(*seen, strict=True)
+    assert steps == (1, 2, 3)
+    assert averages == (None, None, None)
+    np.testing.assert_array_equal(kernels[-1], trained["head"]["kernel"])
+    assert not np.array_equal(kernels[0], kernels[1])
+    assert min(norms) > 0
+
+
 def test_bits_per_token_do_not_depend_on_the_batch_size(small):
     model, params, tokens = small
     predict = functools.partial(model, params)

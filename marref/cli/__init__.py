@@ -11,6 +11,7 @@ import marref
 from marref import checks
 from marref.cli import check, compare, demo, evaluate, golden, sample, train
 from marref.cli.arguments import Parser, examples
+from marref.cli.completion import SHELLS, PrintCompletion
 
 _COMMANDS = (train, sample, evaluate, demo, check, golden, compare)
 _SIGPIPE = 13  # which Windows has no name for
@@ -39,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         warnings.showwarning = _say_warning
         try:
             status: int = parsed.run(parsed)
-            sys.stdout.flush()
+            if sys.stdout is not None:  # None: closed before the start
+                sys.stdout.flush()
         except FloatingPointError as error:
             print(f"marref: {error}", file=sys.stderr)
             return 1
@@ -63,6 +65,12 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
         epilog=examples("marref demo", "marref train book.txt --out run", "marref sample run"),
     )
     parser.add_argument("--version", action="version", version=f"marref {marref.__version__}")
+    parser.add_argument(
+        "--print-completion",
+        choices=SHELLS,
+        action=PrintCompletion,
+        help="print what a shell needs to complete names (extra completion)",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add(commands)

@@ -1,7 +1,6 @@
 """``marref sample``: generate from a run, or fill in the blanks of a text."""
 
 import argparse
-import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +8,7 @@ import numpy as np
 
 import marref
 from marref import chance, checks, data, files
-from marref.cli import arguments
+from marref.cli import arguments, drawing, prompts
 from marref.cli.pictures import shown
 from marref.data.codecs import Bytes, Characters, Codec, Pixels, Tokenizer
 from marref.decoding import ORDERS
@@ -26,7 +25,8 @@ _EXAMPLES = arguments.examples(
     "marref sample run",
     "marref sample run --num 8 --steps 32 --temperature 0.8 --seed 1",
     'marref sample run --prompt "The quick ________ fox" --show-steps',
-    "marref sample run --num 64 --out samples.png",
+    "marref sample run --num 64 --out samples.png --gif unmasking.gif",
+    "marref sample run --prompt picture-with-a-hole.png --num 16 --out filled.png",
 )
 
 
@@ -42,7 +42,13 @@ def add(commands: Any) -> None:
     sample.add_argument("run_folder", metavar="RUN", type=Path, help="the folder of marref train")
     sample.add_argument("--num", type=arguments.positive, default=4, help="default: 4")
     sample.add_argument("--steps", type=arguments.positive, help="default: one a blank")
-    sample.add_argument("--temperature", type=arguments.real, default=1.0, help="default: 1")
+    sample.add_argument(
+        "--temperature", type=arguments.real, default=1.0, help="default: 1; 0: no chance"
+    )
+    sample.add_argument("--top-k", type=arguments.positive, help="draw from so many ids")
+    sample.add_argument(
+        "--top-p", type=arguments.real, help="draw from the likeliest ids that have this share"
+    )
     sample.add_argument(
         "--choice-temperature",
         type=arguments.real,
@@ -54,82 +60,87 @@ def add(commands: Any) -> None:
     sample.add_argument("--schedule", choices=tuple(SCHEDULES), default="cosine")
     sample.add_argument("--seed", type=arguments.not_negative, default=0, help="default: 0")
     sample.add_argument(
-        "--prompt", metavar="TEXT", help=r"text with a _ for each token to fill in; \_ is a _"
+        "--prompt",
+        help=r"text with a _ for each token to fill in, \_ is a _; of pictures a .png whose "
+        "transparent pixels are, of ids an .npy with -1 where one is",
     )
     sample.add_argument(
         "--out", type=Path, metavar="FILE", help="raw ids to .npy, pictures to .png, text to .txt"
     )
-    sample.add_argument("--show-steps", action="store_true", help="print every step, blanks as _")
+    sample.add_argument(
+        "--show-steps",
+        action="store_true",
+        help="print every step, blanks as _; with --out FILE.png draw them, a row a step",
+    )
+    sample.add_argument("--gif", type=Path, metavar="FILE", help="show pictures being unmasked")
     sample.set_defaults(run=_run)
 
 
 def _run(parsed: argparse.Namespace) -> int:
     checkpoint = runs.best(parsed.run_folder)
     codec = data.codec_from_dict(checkpoint.codec)
+    if codec.num_ids + 1 != checkpoint.vocab_size:
+        raise ValueError(
+            f"codec: {codec.kind} has {codec.num_ids} ids, expected {checkpoint.vocab_size - 1} as "
+            "the model"
+        )
     _check_out(parsed.out, codec)
+    _check_gif(parsed.gif, codec)
     length = runs.read_settings(parsed.run_folder)["data"]["length"]
     start = np.zeros(length, np.int64)
     if parsed.prompt is not None:
-        start = prompt_tokens(parsed.prompt, codec, length)
-    generated = []
+        start = prompts.read(parsed.prompt, codec, length)
+    drawn = []
     for index in range(parsed.num):
-        tokens, steps = _sample(checkpoint, start, index, parsed)
-        generated.append(tokens)
-        if parsed.show_steps:
-            for number, stage in enumerate(steps["tokens"][:, 0], 1):
-                print(f"--- {index + 1}, step {number}/{len(steps['tokens'])}")
-                print(shown(codec, stage))
-        elif parsed.out is None:
-            print(f"--- {index + 1}")
-            print(shown(codec, tokens), flush=True)
-    if parsed.out is not None:
-        _write(parsed.out, codec, np.stack(generated))
-        print(f"Wrote {parsed.num} to {parsed.out}.")
+        stages = _sample(checkpoint, start, index, parsed)
+        _say(stages, index, codec, parsed)
+        drawn.append(stages if parsed.gif or _draws_steps(parsed) else stages[-1:])
+    _write(np.stack(drawn, axis=1), codec, parsed)
     return 0
 
 
-def _sample(
-    checkpoint: Checkpoint, start: Array, index: int, parsed: argparse.Namespace
-) -> tuple[Array, dict[str, Array]]:
-    """Generate one sequence, which depends on its number and not on how many there are."""
+def _sample(checkpoint: Checkpoint, start: Array, index: int, parsed: argparse.Namespace) -> Array:
+    """Generate one sequence, which depends on its number and not on how many there are.
+
+    Returns
+    -------
+    int64 array [1 + steps, length]
+        What it starts from, and the tokens after every step.
+    """
     order = parsed.order or ("confidence" if parsed.choice_temperature else "random")
     noise = parsed.choice_temperature
     if noise is None:
         noise = _CHOICE_TEMPERATURE if order == "confidence" else 0.0
-    tokens, steps = marref.iterative_decode(
+    _, steps = marref.iterative_decode(
         checkpoint.config.model(checkpoint.vocab_size),
         checkpoint.state.averaged,
         tokens=start[np.newaxis],
         num_steps=parsed.steps or int((start == 0).sum()),
         temperature=parsed.temperature,
+        top_k=parsed.top_k,
+        top_p=parsed.top_p,
         choice_temperature=noise,
         order=order,
         schedule=parsed.schedule,
         rng=chance.generator(parsed.seed, "sample", index),
         return_steps=True,
     )
-    return tokens[0], steps
+    return np.concatenate([start[np.newaxis], steps["tokens"][:, 0]])
 
 
-def prompt_tokens(prompt: str, codec: Codec, length: int) -> Array:
-    r"""Make tokens of a text in which every ``_`` is a token to fill in, and ``\_`` a ``_``."""
-    if not isinstance(codec, Bytes | Characters | Tokenizer):
-        raise ValueError(f"--prompt: received for {codec.kind}, expected a run on text")
-    parts = []
-    for part in re.findall(r"(?:\\_|[^_])+|_", prompt):
-        if part == "_":
-            parts.append(np.zeros(1, np.int64))
-        else:
-            try:
-                parts.append(codec.encode(part.replace(r"\_", "_")))
-            except ValueError as error:
-                raise ValueError(f"--prompt: {error}") from error
-    tokens = np.concatenate(parts) if parts else np.ones(0, np.int64)
-    if not (tokens == 0).any():
-        raise ValueError("--prompt: has no _, expected one for each token to fill in")
-    if len(tokens) > length:
-        raise ValueError(f"--prompt: has {len(tokens)} tokens, expected at most {length}")
-    return tokens
+def _draws_steps(parsed: argparse.Namespace) -> bool:
+    return parsed.show_steps and parsed.out is not None and parsed.out.suffix == ".png"
+
+
+def _say(stages: Array, index: int, codec: Codec, parsed: argparse.Namespace) -> None:
+    """Print a sample, or its steps, unless it is written to a file."""
+    if parsed.show_steps and not _draws_steps(parsed):
+        for number, stage in enumerate(stages[1:], 1):
+            print(f"--- {index + 1}, step {number}/{len(stages) - 1}")
+            print(shown(codec, stage), flush=True)
+    elif parsed.out is None and parsed.gif is None:
+        print(f"--- {index + 1}")
+        print(shown(codec, stages[-1]), flush=True)
 
 
 def _check_out(out: Path | None, codec: Codec) -> None:
@@ -143,21 +154,38 @@ def _check_out(out: Path | None, codec: Codec) -> None:
     if not fits[out.suffix]:
         raise ValueError(f"--out: received {out} for {codec.kind}, expected .npy")
     if out.suffix == ".png":
-        try:
-            import matplotlib  # noqa: F401
-        except ImportError:
-            raise ImportError('--out: .png needs the viz extra: pip install ".[viz]"') from None
+        drawing.check_installed("--out: .png")
 
 
-def _write(out: Path, codec: Codec, tokens: Array) -> None:
-    if out.suffix == ".png":
-        from marref import plots
-
-        plots.grid(out, codec.decode(tokens))
+def _check_gif(gif: Path | None, codec: Codec) -> None:
+    if gif is None:
         return
-    with files.replacing(out) as temporary:
-        if out.suffix == ".txt":
-            temporary.write_text("\n".join(codec.decode(tokens)) + "\n", "utf-8")
+    checks.choice("--gif: suffix", gif.suffix, (".gif",))
+    if not gif.parent.is_dir():
+        raise ValueError(f"--gif: received {gif}, whose folder does not exist")
+    if not isinstance(codec, Pixels):
+        raise ValueError(f"--gif: received for {codec.kind}, expected a run on pictures")
+    drawing.check_installed("--gif")
+
+
+def _write(stages: Array, codec: Codec, parsed: argparse.Namespace) -> None:
+    """Write the files that are asked for: stages are [steps, num, length]."""
+    if parsed.out is not None and parsed.out.suffix == ".png":
+        assert isinstance(codec, Pixels)
+        if parsed.show_steps:
+            drawing.unmasking(parsed.out, codec, stages)
         else:
-            with temporary.open("wb") as file:
-                np.save(file, tokens - 1)
+            drawing.grid(parsed.out, codec, stages[-1])
+    elif parsed.out is not None:
+        with files.replacing(parsed.out) as temporary:
+            if parsed.out.suffix == ".txt":
+                temporary.write_text("\n".join(codec.decode(stages[-1])) + "\n", "utf-8")
+            else:
+                with temporary.open("wb") as file:
+                    np.save(file, stages[-1] - 1)
+    if parsed.gif is not None:
+        assert isinstance(codec, Pixels)
+        drawing.animation(parsed.gif, codec, stages)
+    for path in (parsed.out, parsed.gif):
+        if path is not None:
+            print(f"Wrote {parsed.num} to {path}.")

@@ -10,7 +10,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from marref import data, training
+from marref import data, files, training
 from marref.cli import arguments
 from marref.data.codecs import KINDS
 from marref.training import models, runs
@@ -148,10 +148,11 @@ def _options(parsed: argparse.Namespace) -> dict[str, Any]:
     """Take the options of the file and, over them, those of the command line."""
     options = {}
     if parsed.config is not None:
+        files.regular(parsed.config)
         try:
             options = tomllib.loads(parsed.config.read_text("utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{parsed.config}: is no TOML ({error})") from error
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{parsed.config}: is no TOML that can be read ({error})") from error
     names = [field.name for field in dataclasses.fields(Config)]
     given = {name: getattr(parsed, name) for name in names}
     return options | {name: value for name, value in given.items() if value is not None}

@@ -46,6 +46,7 @@ class Dataset:
 
     def __post_init__(self) -> None:
         checks.integer("length", self.length, 1)
+        checks.array("tokens", self.tokens)
         if self.tokens.dtype.kind not in "iu":
             raise TypeError(f"tokens: dtype {self.tokens.dtype}, expected integers")
         shape = list(self.tokens.shape)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from marref import files
 from marref.data import labelling
 from marref.data.codecs import Pixels, first_line
 from marref.trees import Array
@@ -54,8 +55,40 @@ def read(
         codec = Pixels(height, width, 3 if colour else 1, levels)
     ids = np.empty((len(paths), codec.length), np.uint8)
     for row, path in zip(ids, paths, strict=True):
-        row[:] = codec.ids(_values(pillow, path, codec))
+        values, opacity = _decoded(pillow, path, codec)
+        if (opacity < 255).any():
+            raise ValueError(f"{path}: has transparent pixels, expected none")
+        row[:] = codec.ids(values)
     return ids, codec, _labels(folder, paths)
+
+
+def with_hole(path: Path, codec: Pixels) -> npt.NDArray[np.int64]:
+    """Read an image whose transparent pixels are to be filled in.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+        A PNG of the codec's size.
+    codec : Pixels
+
+    Returns
+    -------
+    int64 array [codec.length]
+        Tokens, [MASK] (0) for every channel of a transparent pixel.
+
+    Raises
+    ------
+    ImportError, OSError, ValueError
+        As `read`; or no pixel is transparent, or one is in part.
+    """
+    values, opacity = _decoded(_pillow(), files.regular(path), codec)
+    if ((opacity > 0) & (opacity < 255)).any():
+        raise ValueError(
+            f"{path}: has pixels that are transparent in part, expected all or nothing"
+        )
+    if opacity.all():
+        raise ValueError(f"{path}: has no transparent pixel, expected those to fill in")
+    return np.where(np.repeat(opacity == 0, codec.channels), 0, codec.encode(values))
 
 
 def _pillow() -> types.ModuleType:
@@ -93,8 +126,10 @@ def _labels(folder: Path, paths: list[Path]) -> npt.NDArray[np.int64] | None:
     return labelling.of_names(str(folder), [part[0] for part in parts])
 
 
-def _values(pillow: Any, path: Path, codec: Pixels) -> npt.NDArray[np.uint8]:
-    """Decode an image: [height, width], or [height, width, 3] in colour."""
+def _decoded(
+    pillow: Any, path: Path, codec: Pixels
+) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Decode an image: [height, width], or [height, width, 3] in colour, and its opacity."""
     image = _opened(pillow, path)
     if image.size != (codec.width, codec.height):
         raise ValueError(
@@ -106,14 +141,14 @@ def _values(pillow: Any, path: Path, codec: Pixels) -> npt.NDArray[np.uint8]:
     try:
         if "A" in image.getbands() or "transparency" in image.info:
             image = image.convert("RGBA")
-        is_opaque = "A" not in image.getbands() or image.getextrema()[-1] == (255, 255)
+        opacity = np.full((codec.height, codec.width), 255, np.uint8)
+        if "A" in image.getbands():
+            opacity = np.asarray(image.getchannel("A"))
         values = np.asarray(image.convert("L" if codec.channels == 1 else "RGB"))
     except Exception as error:
         # Garbled bytes make Pillow raise errors of several types.
         raise ValueError(f"{path}: cannot be read as an image ({first_line(error)})") from error
-    if not is_opaque:
-        raise ValueError(f"{path}: has transparent pixels, expected none")
-    return values
+    return values, opacity
 
 
 def _opened(pillow: Any, path: Path) -> Any:

@@ -1,12 +1,11 @@
 """`load`: a dataset of whatever a path leads to."""
 
 import os
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from marref import checks
+from marref import checks, files
 from marref.data import arrays, images, labelling, shipped, text
 from marref.data.codecs import KINDS, Bytes, Characters, Codec, Ids, Pixels, Tokenizer
 from marref.data.dataset import Dataset
@@ -94,7 +93,7 @@ def load(
     if labels is not None:
         if tokens.ndim == 1:
             raise ValueError(f"labels: received for {paths[0]}, a stream without sequences")
-        classes = labelling.of_file(_file(Path(labels)), len(tokens))
+        classes = labelling.of_file(files.regular(labels), len(tokens))
     if length is None:
         length = _default_length(tokens)
     try:
@@ -122,7 +121,7 @@ def _pixels(
 
 
 def _ids(paths: list[Path], codec: Codec | None, num_ids: int | None) -> _Read:
-    path = _file(_only(paths))
+    path = files.regular(_only(paths))
     given = codec if num_ids is None else Ids(num_ids)
     tokens, classes = arrays.read(path)
     return tokens, given or Ids(arrays.count_ids(path, tokens)), classes
@@ -131,7 +130,7 @@ def _ids(paths: list[Path], codec: Codec | None, num_ids: int | None) -> _Read:
 def _text(
     paths: list[Path], kind: str, codec: Codec | None, tokenizer: str | os.PathLike[str] | None
 ) -> _Read:
-    paths = [_file(path) for path in paths]
+    paths = [files.regular(path) for path in paths]
     if codec is None and kind == "characters":
         codec = Characters.of("".join(text.decoded(path) for path in paths))
     elif codec is None and kind == "tokenizer":
@@ -142,7 +141,7 @@ def _text(
 def _tokenizer(path: str | os.PathLike[str] | None) -> Tokenizer:
     if path is None:
         raise ValueError('tokenizer: received None, expected a file, for kind="tokenizer"')
-    path = _file(Path(path))
+    path = files.regular(path)
     try:
         return Tokenizer(text.decoded(path))
     except ValueError as error:
@@ -197,7 +196,7 @@ def _told(paths: list[Path]) -> str:
     if paths[0].suffix in _ID_SUFFIXES:
         return "ids"
     for path in paths:
-        text.check_looks_like_text(_file(path))
+        text.check_looks_like_text(files.regular(path))
     return "bytes"
 
 
@@ -205,15 +204,6 @@ def _only(paths: list[Path]) -> Path:
     if len(paths) > 1:
         raise ValueError(f"source: received {len(paths)} paths, expected one; only text is joined")
     return paths[0]
-
-
-def _file(path: Path) -> Path:
-    """Return a path if it leads to a regular file: others may never end."""
-    mode = path.stat().st_mode
-    if not stat.S_ISREG(mode):
-        what = "a folder" if stat.S_ISDIR(mode) else "no regular file"
-        raise ValueError(f"{path}: is {what}, expected a file")
-    return path
 
 
 def _default_length(tokens: Array) -> int:

@@ -36,6 +36,8 @@ def iterative_decode(
     rng: np.random.Generator | None = None,
     choice_temperature: float = 0.0,
     exclude_mask_token: bool = True,
+    top_k: int | None = None,
+    top_p: float | None = None,
     return_steps: bool = False,
     num_threads: int | None = None,
 ) -> npt.NDArray[np.int64] | Any:
@@ -61,6 +63,8 @@ def iterative_decode(
         order=order,
         choice_temperature=choice_temperature,
         exclude_mask_token=exclude_mask_token,
+        top_k=top_k,
+        top_p=top_p,
     )
     num_threads = parallel.choose(
         num_threads, tokens.size * model.embed_dim, parallel.FEATURES_WORTH_A_THREAD

@@ -4,7 +4,7 @@
 a run that was stopped goes on.  Page: docs/training.md.
 """
 
-from marref.training import checkpoints, runs
+from marref.training import checkpoints, loop, runs
 from marref.training.evaluation import (
     Estimate,
     any_order_bits,
@@ -12,16 +12,18 @@ from marref.training.evaluation import (
     masked_bits,
     position_log_frequencies,
 )
-from marref.training.loop import StepRecord, train
+from marref.training.loop import State, StepRecord, train
 from marref.training.models import load_model, save_model
 
 __all__ = [
     "Estimate",
+    "State",
     "StepRecord",
     "any_order_bits",
     "bits_per_token",
     "checkpoints",
     "load_model",
+    "loop",
     "masked_bits",
     "position_log_frequencies",
     "runs",

@@ -102,8 +102,8 @@ class Config:
     def __post_init__(self) -> None:
         steps = checks.integer("num_steps", self.num_steps, 1, 2**32 - 1)
         for name, minimum, maximum in (
-            ("batch_size", 1, None),
-            ("accumulate", 1, None),
+            ("batch_size", 1, 2**31 - 1),
+            ("accumulate", 1, 2**31 - 1),
             ("seed", 0, 2**128 - 1),
             ("keep", 1, None),
             ("warmup_steps", 0, steps - 1),

@@ -62,6 +62,7 @@ def train(
     mask_schedule: str = "one-minus-cosine",
     mask_token_id: int = 0,
     on_step: Callable[[StepRecord], None] | None = None,
+    on_state: "Callable[[StepRecord, State], None] | None" = None,
     num_threads: int | None = None,
 ) -> tuple[Tree, list[StepRecord]]:
     """Train a model with AdamW on randomly masked sequences.
@@ -90,6 +91,9 @@ def train(
     mask_token_id : int
     on_step : callable, optional
         Called with the record of every step, as it ends.
+    on_state : callable, optional
+        Called before ``on_step`` with the record and the state: parameters and moments.  The next
+        step writes over the arrays, so what is to be kept must be copied.
     num_threads : int, optional
         How many threads share each batch; see `marref.loss_and_grads`.  The same bits on every
         machine need a number.
@@ -117,6 +121,7 @@ def train(
     checks.integer("mask_token_id", mask_token_id, 0, model.vocab_size - 1)
     checks.no_mask_token("tokens", tokens, mask_token_id)
     checks.generator("rng", rng)
+    check_callbacks(on_step, on_state)
     if num_threads is not None:
         checks.integer("num_threads", num_threads, 1)
 
@@ -141,9 +146,18 @@ def train(
         )
         speed = targets.size / (time.perf_counter() - start)
         history.append(StepRecord(step + 1, float(loss.real), grad_norm, rate, speed))
+        if on_state is not None:
+            on_state(history[-1], State(params, state, None))
         if on_step is not None:
             on_step(history[-1])
     return params, history
+
+
+def check_callbacks(on_step: object, on_state: object) -> None:
+    """Raise unless both can be called, or are None."""
+    for name, callback in (("on_step", on_step), ("on_state", on_state)):
+        if callback is not None:
+            checks.function(name, callback)
 
 
 class State(NamedTuple):

@@ -95,6 +95,7 @@ def start(
     *,
     source: Sequence[str] | None = None,
     on_step: Callable[[RunRecord], None] | None = None,
+    on_state: Callable[[RunRecord, State], None] | None = None,
 ) -> Run:
     """Train on a dataset into a new folder.
 
@@ -110,6 +111,10 @@ def start(
         Where the data lie; kept in config.json for `read_dataset`, and not compared.
     on_step : callable, optional
         Called with the record of every step, as it ends; may raise KeyboardInterrupt to stop.
+    on_state : callable, optional
+        Called before ``on_step`` with the record and the `State`: parameters, moments, average.
+        The next step writes over the arrays, so what is to be kept must be copied; to write to
+        them is another training, which does not resume to the same.
 
     Returns
     -------
@@ -127,9 +132,9 @@ def start(
         SIGINT (Ctrl-C) or SIGTERM came, or ``on_step`` raised it: the step was ended and a
         checkpoint written, from which `resume` goes on.  A second signal stops at once.
     """
+    loop.check_callbacks(on_step, on_state)
     job = _job(dataset, Path(out), (config or Config()).resolved(dataset))
-    job.checkpoints.mkdir(parents=True, exist_ok=True)
-    with _alone(job.out):
+    with _made(job), _alone(job.out):
         if job.settings.exists() or checkpoints.found(job.checkpoints):
             raise ValueError(f"{job.out}: holds a run already; resume it or choose another folder")
         with files.replacing(job.settings) as temporary:
@@ -137,7 +142,7 @@ def start(
             if source is not None:
                 described["source"] = list(source)
             temporary.write_text(json.dumps(described, indent=2) + "\n", "utf-8")
-        return _go_on(job, on_step)
+        return _go_on(job, on_step, on_state)
 
 
 def resume(
@@ -145,6 +150,7 @@ def resume(
     dataset: Dataset,
     *,
     on_step: Callable[[RunRecord], None] | None = None,
+    on_state: Callable[[RunRecord, State], None] | None = None,
 ) -> Run:
     """Go on with a run from its newest checkpoint, or from its start if there is none yet.
 
@@ -154,7 +160,7 @@ def resume(
         The folder of `start`.
     dataset : Dataset
         The same data as at the start.
-    on_step : callable, optional
+    on_step, on_state : callable, optional
         As in `start`.
 
     Returns
@@ -177,6 +183,7 @@ def resume(
     RuntimeWarning
         The newest checkpoint is damaged, and the one before it is used.
     """
+    loop.check_callbacks(on_step, on_state)
     settings = read_settings(out)
     job = _job(dataset, Path(out), Config.from_dict(settings["config"]))
     for name, found in _described(job, dataset).items():
@@ -185,7 +192,7 @@ def resume(
                 f"dataset: its {name} is {found}, expected {settings.get(name)} as in the run"
             )
     with _alone(job.out):
-        return _go_on(job, on_step)
+        return _go_on(job, on_step, on_state)
 
 
 def read_settings(out: str | os.PathLike[str]) -> dict[str, Any]:
@@ -209,16 +216,17 @@ def read_settings(out: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(out) / "config.json"
     if not path.exists():
         raise ValueError(f"{path.parent}: holds no run, since it has no {path.name}")
+    files.regular(path)
     try:
         settings = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: is no JSON ({error})") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: is no JSON that can be read ({error})") from error
     if not isinstance(settings, dict) or settings.get("format") != FORMAT:
         raise ValueError(f"{path}: is no {FORMAT}")
-    data_told = settings.get("data")
-    if not isinstance(data_told, dict) or not {"config", "codec"} <= settings.keys():
-        raise ValueError(f"{path}: is damaged, expected config, codec and data in it")
-    checks.integer(f"{path}: length", data_told.get("length"), 1)
+    for name in ("config", "codec", "data"):
+        if not isinstance(settings.get(name), dict):
+            raise ValueError(f"{path}: is damaged, expected {name} in it")
+    checks.integer(f"{path}: length", settings["data"].get("length"), 1)
     return settings
 
 
@@ -358,7 +366,11 @@ def _described(job: _Job, dataset: Dataset) -> dict[str, Any]:
     }
 
 
-def _go_on(job: _Job, on_step: Callable[[RunRecord], None] | None) -> Run:
+def _go_on(
+    job: _Job,
+    on_step: Callable[[RunRecord], None] | None,
+    on_state: Callable[[RunRecord, State], None] | None,
+) -> Run:
     """Train from the newest checkpoint to the end."""
     for folder in (job.out, job.checkpoints):
         files.remove_stale(folder)
@@ -379,6 +391,8 @@ def _go_on(job: _Job, on_step: Callable[[RunRecord], None] | None) -> Run:
                 if saved:
                     _save(job, state, history)
             try:
+                if on_state is not None:
+                    on_state(record, state)
                 if on_step is not None:
                     on_step(record)
                 _stop_if_asked(received, record.step)
@@ -471,6 +485,27 @@ def _advice(job: _Job) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def _made(job: _Job) -> Iterator[None]:
+    """Make a run's folders; where an error comes before its first step, leave nothing of it."""
+    folders = (job.checkpoints, job.out, *job.out.parents)
+    missing = [folder for folder in folders if not folder.exists()]
+    is_new = not job.settings.exists() and not checkpoints.found(job.checkpoints)
+    try:
+        job.checkpoints.mkdir(parents=True, exist_ok=True)
+        yield
+    except Exception:
+        with contextlib.suppress(
+            OSError, ValueError
+        ):  # what cannot be removed is not what went wrong
+            if is_new and not _read_history(job.history, 1):
+                for path in (job.settings, job.history):
+                    path.unlink(missing_ok=True)
+            for folder in missing:
+                folder.rmdir()
+        raise
+
+
+@contextlib.contextmanager
 def _alone(out: Path) -> Iterator[None]:
     """Let no other process train into the folder."""
     with contextlib.ExitStack() as stack:
@@ -518,13 +553,20 @@ def _read_history(path: Path, last: int) -> list[RunRecord]:
     """Read the history up to a step."""
     if not path.exists():
         return []
-    with path.open(encoding="utf-8", errors="replace", newline="") as file:
+    with files.regular(path).open(encoding="utf-8", errors="replace", newline="") as file:
         return list(_records(file, last))
 
 
 def _shortened_history(path: Path, last: int) -> list[RunRecord]:
     """Read the history up to a step, and cut off what is behind it."""
     records = _read_history(path, last)
+    if last and (not records or records[-1].step < last):
+        known = records[-1].step if records else 0
+        warnings.warn(
+            f"{path}: cannot be read after step {known} of {last}; the lines behind it are lost",
+            RuntimeWarning,
+            stacklevel=2,
+        )
     columns = [field.name for field in dataclasses.fields(RunRecord)]
     lines = [_line(columns), *(_line(dataclasses.astuple(record)) for record in records)]
     with files.replacing(path) as temporary:
