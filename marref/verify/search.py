@@ -54,7 +54,7 @@ _SECTIONS = {
 
 _STAGES = {"loss": ("loss",), **dict.fromkeys(("schedule", "decode", "ties"), ("decoding",))}
 """Where a section's faults are; of other sections, anywhere."""
-_LATE = (*golden.OPTIMISERS, "schedule", "decode", "ties")
+LATE = (*golden.OPTIMISERS, "schedule", "decode", "ties")
 """Sections whose steps or integers differ by much where what comes before differs by little."""
 _STAGE_OF = {fault: stage for stage, of_stage in STAGES.items() for fault in of_stage}
 
@@ -322,7 +322,7 @@ class Search:
     def screening(self) -> dict[str, float]:
         """The budgets of the right model, as far as they may rule a mistake out; see `_budgets`."""
         budgets = {row.name: row.budget for row in self.comparison.rows}
-        for name in budgets if self.first.split("/")[0] not in _LATE else ():
+        for name in budgets if self.first.split("/")[0] not in LATE else ():
             section = name.split("/")[0]
             if section in golden.OPTIMISERS:
                 rate = golden.OPTIMISERS[section]["learning_rate"]
