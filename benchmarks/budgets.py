@@ -25,7 +25,7 @@ from marref.verify.rounding import MIXED, PRECISIONS
 FRAMEWORKS = ("torch", "flax")
 LONG = (64, 128, 256)
 NUM_FLAX_MODELS = 4
-NUM_PROGRAMS = {"torch": 5, "flax": 1}
+NUM_PROGRAMS = {"torch": 12, "flax": 1}
 """Written of each model; budgets are derived for the model, once."""
 
 Port = Callable[[Golden, str, np.random.Generator], dict[str, np.ndarray]]
