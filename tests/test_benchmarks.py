@@ -188,16 +188,35 @@ def test_a_right_flax_port_is_measured():
 def test_every_mistake_in_the_forward_or_backward_pass_is_one(vectors):
     from benchmarks.ports import faulty, in_torch
 
-    elsewhere = ("adam", "clip", "decode")
-    # The model has them, or has no place for them.
+    elsewhere = ("adam", "clip", "decode", "gradients")
+    # The model has them, or has no place for them: it has one block.
     hidden = {"gelu-tanh", "positions-concatenated", "layer-norm-epsilon-1e-5"}
-    hidden |= {"layer-norm-clipped-variance"}
+    hidden |= {"layer-norm-clipped-variance", "block-parameters-shared", "block-order-reversed"}
     for name in faulty.FAULTS:
         if name.startswith(elsewhere) or name in hidden:
             continue
         port = faulty.faulty([name])(vectors, in_torch.Style(), "float64")
         found = port.arrays(FORWARD)
         assert largest_difference(found, vectors) > 1e-12, name
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ("attention-parameters-read-by-head + attention-key-and-value-parameters-swapped", False),
+        ("attention-output-kernel-transposed + linear-kernels-reshaped", False),
+        ("block-order-reversed + block-parameters-shared", False),
+        ("residual-from-normalised + residual-around-attention-from-normalised", False),
+        ("layer-norm-unbiased-epsilon-outside-root + layer-norm-unbiased-variance", False),
+        ("embedding-ids-off-by-one + embedding-times-root-embed-dim + loss-shifted", True),
+        ("gradients-not-zeroed + adam-epsilon-1e-6 + clip-each-fused-array", True),
+    ],
+)
+def test_mistakes_in_one_decision_exclude_each_other(names, expected):
+    pytest.importorskip("torch")
+    from benchmarks.ports import faulty
+
+    assert faulty.compatible(names.split(" + ")) == expected
 
 
 def test_every_perturbation_is_one(vectors):

@@ -1,6 +1,6 @@
 """Diagnosis names the mistakes of a user who wrote MAR in PyTorch.
 
-The user's program is tests/faulty_torch.py; what it hands over is float32, by golden names.
+The user's program is `benchmarks.ports.faulty`; what it hands over is float32, by golden names.
 """
 
 import numpy as np
@@ -141,17 +141,13 @@ def vectors():
 
 @pytest.fixture(scope="module")
 def run_torch(vectors):
-    """Run the user's program, and keep of it what belongs to the given optimisers."""
+    """Run the user's program up to the gradients, and as many steps of the optimisers."""
     pytest.importorskip("torch")
-    import torch
-
-    from .faulty_torch import FaultyMAR
+    from benchmarks.ports import faulty, in_torch
 
     def run(*mistakes, precision="float32", optimisers=()):
-        leaves = trees.flatten(vectors.params)
-        dtype = getattr(torch, precision)
-        user = FaultyMAR(vectors.metadata["config"], leaves, mistakes, dtype)
-        return user.arrays(vectors.batch, optimisers)
+        user = faulty.faulty(mistakes)(vectors, in_torch.Style(), precision)
+        return user.arrays(("activations", "loss", "gradients", *optimisers))
 
     return run
 

@@ -1,18 +1,15 @@
 """Diagnosis names the mistakes of a user who wrote MAR in Flax's linen.
 
-The user's model is made of linen's own layers, takes the variables that marref wrote for it, and
-hands over, by golden names, the activations that linen captures, the loss, and jax's gradients.
+The user's model, `benchmarks.ports.in_flax`, is made of linen's own layers, takes the variables
+that marref wrote for it, and hands over, by golden names, the activations that linen captures, the
+loss, and jax's gradients.
 """
 
-import importlib
-import math
 import re
 
-import numpy as np
 import pytest
 
-import marref
-from marref import files, interop, trees
+from marref import files
 from marref.verify import golden
 from marref.verify.comparison import Golden
 from marref.verify.diagnosis import diagnose
@@ -30,24 +27,6 @@ FIRST_DIFFERENCE = {
 }
 DEFAULTS = ("layer-norm-epsilon-1e-6", "gelu-tanh")
 
-# What linen calls an activation that it captured, and marref's name for it.
-CAPTURED = {
-    "embedded": "embedding",
-    "attention_norm": "attention_norm",
-    "attention.query": "attention.query",
-    "attention.key": "attention.key",
-    "attention.value": "attention.value",
-    "attention.attention_weights": "attention.weights",
-    "attention": "attention.output",
-    "feed_forward_norm": "feed_forward_norm",
-    "up": "feed_forward.up",
-    "activation": "feed_forward.activation",
-    "down": "feed_forward.down",
-    "": "output",
-    "final_norm": "final_norm",
-    "head": "logits",
-}
-
 
 @pytest.fixture(scope="module")
 def vectors():
@@ -55,121 +34,15 @@ def vectors():
 
 
 @pytest.fixture(scope="module")
-def model_of(vectors):
-    """The user's model, as a function of the mistakes in it and of its dtype."""
-    pytest.importorskip("flax")
-    linen = importlib.import_module("flax.linen")
-    config = vectors.model
-
-    def unscaled(query, key, value, **options):
-        """Undo the scaling that linen always does."""
-        scale = math.sqrt(query.shape[-1])
-        return linen.dot_product_attention(query * scale, key, value, **options)
-
-    class Block(linen.Module):
-        mistakes: tuple
-        dtype: np.dtype
-
-        def setup(self):
-            self.attention_norm = linen.LayerNorm(**norm_options(self))
-            options = {"attention_fn": unscaled} if has(self, "attention-unscaled") else {}
-            self.attention = linen.MultiHeadDotProductAttention(
-                config.num_heads, dtype=self.dtype, **options
-            )
-            self.feed_forward_norm = linen.LayerNorm(**norm_options(self))
-            self.up = linen.Dense(4 * config.embed_dim, dtype=self.dtype)
-            self.down = linen.Dense(config.embed_dim, dtype=self.dtype)
-
-        def __call__(self, x):
-            causal = linen.make_causal_mask(x[..., 0]) if has(self, "attention-causal") else None
-            branch = self.attention(self.attention_norm(x), mask=causal, sow_weights=True)
-            x = branch if has(self, "residual-around-attention-missing") else x + branch
-            hidden = self.up(self.feed_forward_norm(x))
-            exact = {} if has(self, "gelu-tanh") else {"approximate": False}
-            hidden = linen.gelu(hidden, **exact)
-            self.sow("intermediates", "activation", hidden)
-            return x + self.down(hidden)
-
-    class Model(linen.Module):
-        mistakes: tuple
-        dtype: np.dtype
-
-        def setup(self):
-            self.embedding = linen.Embed(config.vocab_size, config.embed_dim, dtype=self.dtype)
-            self.blocks = [Block(self.mistakes, self.dtype) for _ in range(config.num_layers)]
-            self.final_norm = linen.LayerNorm(**norm_options(self))
-            self.head = linen.Dense(config.vocab_size, dtype=self.dtype)
-
-        def __call__(self, tokens):
-            layout = "interleaved" if has(self, "positions-interleaved") else "concatenated"
-            table = marref.sinusoidal_table(tokens.shape[1], config.embed_dim, layout)
-            x = self.embedding(tokens) + table.astype(self.dtype)
-            self.sow("intermediates", "embedded", x)
-            for block in self.blocks:
-                x = block(x)
-            return self.head(self.final_norm(x))
-
-    def has(module, mistake):
-        return mistake in module.mistakes
-
-    def norm_options(module):
-        epsilon = {} if has(module, "layer-norm-epsilon-1e-6") else {"epsilon": 1e-5}
-        return {"dtype": module.dtype, **epsilon}
-
-    return Model
-
-
-@pytest.fixture(scope="module")
-def run_flax(vectors, model_of):
+def run_flax(vectors):
     """Run the user's program; what it computes in bfloat16 is handed over in float32."""
-    jax = importlib.import_module("jax")
-    batch = vectors.batch
-    params = trees.map_leaves(lambda leaf: leaf.astype(np.float32), vectors.params)
-    variables = interop.flax.to_variables(params, vectors.model.num_heads)
+    pytest.importorskip("flax")
+    from benchmarks.ports import in_flax
 
     def run(*mistakes, precision="float32"):
-        model = model_of(mistakes, jax.numpy.dtype(precision))
-
-        def loss(variables):
-            logits, state = model.apply(
-                variables, batch["tokens"], capture_intermediates=True, mutable="intermediates"
-            )
-            log_probabilities = jax.nn.log_softmax(logits)
-            chosen = batch["targets"][..., np.newaxis]
-            errors = -jax.numpy.take_along_axis(log_probabilities, chosen, axis=-1)[..., 0]
-            where = None if "loss-over-all-positions" in mistakes else batch["mask"] == 1
-            return errors.mean(where=where), state["intermediates"]
-
-        # Without jit: to compile each of the models would take longer than all else.
-        results = jax.value_and_grad(loss, has_aux=True)(variables)
-        (value, captured), grads = jax.tree.map(lambda x: np.asarray(x, np.float32), results)
-        named = trees.flatten(interop.flax.to_params(grads))
-        return {
-            **activations(captured),
-            "loss": value,
-            **{f"gradients/{name}": array for name, array in named.items()},
-        }
+        return in_flax.FlaxPort(vectors, precision, mistakes).arrays(optimisers=False)
 
     return run
-
-
-def activations(captured, prefix=""):
-    """By golden names, the activations in the nested dict that linen captured."""
-    named = {}
-    for key, entry in captured.items():
-        if isinstance(entry, dict):
-            named |= activations(entry, f"{prefix}{key}.")
-            continue
-        (array,) = entry
-        path = re.sub(r"\.?__call__$", "", prefix + key)
-        block, name = re.fullmatch(r"(?:blocks_(\d+)\.?)?(.*)", path).groups()
-        if name not in CAPTURED or (block is None and name == ""):
-            continue
-        if name in ("attention.query", "attention.key", "attention.value"):
-            array = array.swapaxes(1, 2)
-        where = "" if block is None else f"blocks.{block}."
-        named[f"activations/{where}{CAPTURED[name]}"] = array
-    return named
 
 
 def names_of(explanation):

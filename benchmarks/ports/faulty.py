@@ -6,6 +6,7 @@ they do not get the same method wrong, see `compatible`.
 """
 
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -74,6 +75,12 @@ def _zeroed(*endings: str) -> type:
 class _(TorchPort):
     def token_vectors(self, tokens):
         return super().token_vectors(tokens) * math.sqrt(self.config["embed_dim"])
+
+
+@fault("embedding-ids-off-by-one")
+class _(TorchPort):
+    def rows(self, tokens):
+        return (tokens - 1) % self.config["vocab_size"]
 
 
 def _ramp(port: TorchPort, name: str, x: Tensor) -> Tensor:
@@ -165,7 +172,7 @@ def _epsilon(value: float) -> type:
     return Epsilon
 
 
-for _name in ("1e-5", "1e-6", "1e-12"):
+for _name in ("1e-3", "1e-5", "1e-6", "1e-12"):
     FAULTS[f"layer-norm-epsilon-{_name}"] = _epsilon(float(_name))
 
 
@@ -179,6 +186,15 @@ class _(TorchPort):
 class _(TorchPort):
     def norm_variance(self, centred):
         return (centred**2).sum(-1, keepdim=True) / (centred.shape[-1] - 1)
+
+
+@fault("layer-norm-unbiased-epsilon-outside-root")
+class _(TorchPort):
+    def norm_variance(self, centred):
+        return centred.var(-1, keepdim=True)
+
+    def normalise(self, centred, variance):
+        return centred / (variance.sqrt() + self.epsilon())
 
 
 @fault("layer-norm-clipped-variance")
@@ -209,9 +225,26 @@ class _(TorchPort):
 
 # Linear layers.
 
-FAULTS["linear-square-kernels-transposed"] = _weights(
-    lambda _, name, x: x.T if name.endswith("kernel") and x.shape[0] == x.shape[1] else x
+
+def _kernels(change: Callable[[str, Tensor], Tensor]) -> type:
+    class Changed(TorchPort):
+        def kernel(self, name):
+            return change(name, super().kernel(name))
+
+    return Changed
+
+
+def _transposed(*endings: str) -> type:
+    """Transpose the kernels of layers whose names end so."""
+    return _kernels(lambda name, x: x.T if name.endswith(endings) else x)
+
+
+FAULTS["linear-square-kernels-transposed"] = _kernels(
+    lambda _, x: x.T if x.shape[0] == x.shape[1] else x
 )
+FAULTS["linear-kernels-reshaped"] = _kernels(lambda _, x: x.T.reshape(x.shape))
+FAULTS["attention-qkv-kernels-transposed"] = _transposed("query", "key", "value")
+FAULTS["attention-output-kernel-transposed"] = _transposed("attention.output")
 FAULTS["linear-without-biases"] = _weights(
     lambda _, name, x: torch.zeros_like(x) if is_linear_bias(name) else x
 )
@@ -249,6 +282,17 @@ class _(TorchPort):
         return scores.masked_fill(future, -torch.inf).softmax(-1)
 
 
+@fault("attention-mask-keys-hidden")
+class _(TorchPort):
+    def forward(self, tokens):
+        self.hidden = (tokens == 0)[:, None, None, :]
+        return super().forward(tokens)
+
+    def softmax(self, scores):
+        lowest = max(-1e9, torch.finfo(scores.dtype).min)
+        return super().softmax(scores.masked_fill(self.hidden, lowest))
+
+
 @fault("attention-heads-innermost")
 class _(TorchPort):
     def split(self, x):
@@ -273,11 +317,40 @@ class _(TorchPort):
         return key @ query.mT
 
 
-@fault("attention-query-and-key-parameters-swapped")
-class _(TorchPort):
-    def project(self, names, x):
-        query, key, value = names
-        return super().project([key, query, value], x)
+def _parts_taken_for(*order: int) -> type:
+    """Take the parts of the fused projection of these numbers for query, key and value."""
+
+    class Order(TorchPort):
+        def project(self, names, x):
+            return super().project([names[part] for part in order], x)
+
+    return Order
+
+
+FAULTS["attention-query-and-key-parameters-swapped"] = _parts_taken_for(1, 0, 2)
+FAULTS["attention-key-and-value-parameters-swapped"] = _parts_taken_for(0, 2, 1)
+FAULTS["attention-query-and-value-parameters-swapped"] = _parts_taken_for(2, 1, 0)
+FAULTS["attention-parameters-read-as-key-value-query"] = _parts_taken_for(2, 0, 1)
+FAULTS["attention-parameters-read-as-value-query-key"] = _parts_taken_for(1, 2, 0)
+
+
+def _fused_read(read: Callable[[Tensor, int], Tensor]) -> type:
+    """Read the features of the fused projection, given the number of heads, in another order."""
+
+    class Read(TorchPort):
+        def project(self, names, x):
+            fused = torch.cat([*super().project(names, x)], dim=-1)
+            return read(fused, self.config["num_heads"]).reshape(fused.shape).chunk(3, dim=-1)
+
+    return Read
+
+
+FAULTS["attention-parameters-read-by-head"] = _fused_read(
+    lambda x, heads: x.unflatten(-1, (heads, 3, -1)).transpose(2, 3)
+)
+FAULTS["attention-parameters-read-innermost"] = _fused_read(
+    lambda x, heads: x.unflatten(-1, (heads, -1, 3)).movedim(-1, 2)
+)
 
 
 def _guarded(extra: float) -> type:
@@ -314,6 +387,7 @@ FAULTS["gelu-tanh"] = _activation(lambda x: F.gelu(x, approximate="tanh"))
 FAULTS["gelu-erf"] = _activation(F.gelu)
 FAULTS["gelu-sigmoid"] = _activation(lambda x: x * torch.sigmoid(1.702 * x))
 FAULTS["gelu-relu"] = _activation(F.relu)
+FAULTS["gelu-leaky-relu"] = _activation(F.leaky_relu)
 FAULTS["gelu-silu"] = _activation(F.silu)
 FAULTS["gelu-missing"] = _activation(lambda x: x)
 
@@ -347,16 +421,29 @@ class _(TorchPort):
         normed = self.tap(f"{name}.attention_norm", self.norm(f"{name}.attention_norm", x))
         attended = self.attention(f"{name}.attention", normed)
         normed = self.tap(f"{name}.feed_forward_norm", self.norm(f"{name}.feed_forward_norm", x))
-        return x + attended + self.feed_forward(f"{name}.feed_forward", normed)
+        x = self.add_attention(x, attended)
+        return self.add_feed_forward(x, self.feed_forward(f"{name}.feed_forward", normed))
 
 
-@fault("residual-from-normalised")
-class _(TorchPort):
-    def block(self, name, x):
-        x = self.tap(f"{name}.attention_norm", self.norm(f"{name}.attention_norm", x))
-        x = x + self.attention(f"{name}.attention", x)
-        x = self.tap(f"{name}.feed_forward_norm", self.norm(f"{name}.feed_forward_norm", x))
-        return x + self.feed_forward(f"{name}.feed_forward", x)
+def _overwritten(*norms: str) -> type:
+    """Overwrite the residual stream by what these norms return."""
+
+    class Overwritten(TorchPort):
+        def block(self, name, x):
+            normed = self.tap(f"{name}.attention_norm", self.norm(f"{name}.attention_norm", x))
+            x = normed if "attention_norm" in norms else x
+            x = self.add_attention(x, self.attention(f"{name}.attention", normed))
+            normed = self.norm(f"{name}.feed_forward_norm", x)
+            normed = self.tap(f"{name}.feed_forward_norm", normed)
+            x = normed if "feed_forward_norm" in norms else x
+            return self.add_feed_forward(x, self.feed_forward(f"{name}.feed_forward", normed))
+
+    return Overwritten
+
+
+FAULTS["residual-from-normalised"] = _overwritten("attention_norm", "feed_forward_norm")
+FAULTS["residual-around-attention-from-normalised"] = _overwritten("attention_norm")
+FAULTS["residual-around-feed-forward-from-normalised"] = _overwritten("feed_forward_norm")
 
 
 @fault("residual-around-attention-missing")
@@ -369,6 +456,23 @@ class _(TorchPort):
 class _(TorchPort):
     def add_feed_forward(self, x, branch):
         return branch
+
+
+def _blocks_read(read: Callable[[int, int], int]) -> type:
+    """Compute with the parameters of block ``read(index, num_layers)``."""
+
+    class Read(TorchPort):
+        def stored(self, name):
+            section, *rest = super().stored(name).split(".")
+            if section == "blocks":
+                rest[0] = str(read(int(rest[0]), self.config["num_layers"]))
+            return ".".join([section, *rest])
+
+    return Read
+
+
+FAULTS["block-parameters-shared"] = _blocks_read(lambda index, num_layers: 0)
+FAULTS["block-order-reversed"] = _blocks_read(lambda index, num_layers: num_layers - 1 - index)
 
 
 # Loss.
@@ -386,11 +490,23 @@ def _by_sequence(errors: Tensor, mask: Tensor) -> Tensor:
     return ((errors * mask).sum(1) / mask.sum(1).clamp(min=1)).mean()
 
 
+def _by_sequence_with_some(errors: Tensor, mask: Tensor) -> Tensor:
+    means = [e[m].mean() for e, m in zip(errors, mask, strict=True) if m.any()]
+    return torch.stack(means).mean()
+
+
+def _over_ratio(errors: Tensor, mask: Tensor) -> Tensor:
+    ratio = mask.to(errors.dtype).mean(1, keepdim=True).expand(mask.shape)
+    return (errors[mask] / ratio[mask]).mean()
+
+
 FAULTS["loss-over-all-positions"] = _reduced(lambda e, mask: e.mean())
 FAULTS["loss-over-unmasked-positions"] = _reduced(lambda e, mask: e[~mask].mean())
 FAULTS["loss-summed"] = _reduced(lambda e, mask: e[mask].sum())
 FAULTS["loss-over-batch-times-length"] = _reduced(lambda e, mask: (e * mask).mean())
 FAULTS["loss-averaged-by-sequence"] = _reduced(_by_sequence)
+FAULTS["loss-averaged-by-sequence-without-empty"] = _reduced(_by_sequence_with_some)
+FAULTS["loss-over-ratio"] = _reduced(_over_ratio)
 FAULTS["loss-count-plus-1e-8"] = _reduced(
     lambda e, mask: (e * mask).sum() / (mask.sum(dtype=e.dtype) + 1e-8)
 )
@@ -412,6 +528,12 @@ FAULTS["loss-base-2"] = _errors(lambda z, y: _cross_entropy(z, y) / math.log(2))
 FAULTS["loss-label-smoothing"] = _errors(lambda z, y: _cross_entropy(z, y, label_smoothing=0.1))
 FAULTS["loss-targets-shifted"] = _errors(lambda z, y: _cross_entropy(z, y.roll(-1, dims=1)))
 FAULTS["loss-softmax-twice"] = _errors(lambda z, y: _cross_entropy(z.softmax(-1), y))
+
+
+@fault("loss-shifted")
+class _(TorchPort):
+    def aligned(self, logits, targets, mask):
+        return logits[:, :-1], targets[:, 1:], mask[:, 1:]
 
 
 # Gradients: the forward pass is right.
@@ -524,8 +646,8 @@ class _(TorchPort):
     def change_gradients(self):
         grad = self.params["embedding.table"].grad.zero_()
         received = self.residual["embedding"].grad.flatten(0, 1)
-        for token, row in zip(self.tokens.flatten(), received, strict=True):
-            grad[token] = row
+        for index, row in zip(self.rows(self.tokens).flatten(), received, strict=True):
+            grad[index] = row
 
 
 @fault("embedding-gradient-padding")
@@ -593,6 +715,11 @@ class _(TorchPort):
     adam_epsilon = 1e-7
 
 
+@fault("adam-epsilon-1e-6")
+class _(TorchPort):
+    adam_epsilon = 1e-6
+
+
 @fault("adam-beta2-0.95")
 class _(TorchPort):
     beta2 = 0.95
@@ -624,11 +751,38 @@ FAULTS["adam-decay-without-learning-rate"] = _optimiser(
 FAULTS["adam-decay-of-kernels-only"] = _optimiser(_decaying_kernels)
 
 
+@fault("gradients-not-zeroed")
+class _(TorchPort):
+    def step_gradients(self, step):
+        before = {name: param.grad for name, param in self.params.items()} if step > 1 else {}
+        super().step_gradients(step)
+        for name, grad in before.items():
+            self.params[name].grad += grad
+
+
 @fault("clip-each-array")
 class _(TorchPort):
     def clip(self, max_norm):
         for param in self.params.values():
             torch.nn.utils.clip_grad_norm_([param], max_norm)
+
+
+@fault("clip-each-fused-array")
+class _(TorchPort):
+    def clip(self, max_norm):
+        arrays: dict[str, list[Tensor]] = {}
+        for name, param in self.params.items():
+            arrays.setdefault(re.sub("query|key|value", "in_proj", name), []).append(param)
+        for fused in arrays.values():
+            torch.nn.utils.clip_grad_norm_(fused, max_norm)
+
+
+@fault("clip-without-1e-6")
+class _(TorchPort):
+    def clip(self, max_norm):
+        norm = torch.cat([param.grad.ravel() for param in self.params.values()]).norm()
+        for param in self.params.values():
+            param.grad *= min(1.0, float(max_norm / norm))
 
 
 @fault("clip-values")

@@ -144,7 +144,11 @@ class TorchPort:
 
     def weight(self, name: str) -> Tensor:
         """Return a parameter as the program uses it."""
-        return self.params[name]
+        return self.params[self.stored(name)]
+
+    def stored(self, name: str) -> str:
+        """Name the parameter that is used under a name."""
+        return name
 
     def tap(self, name: str, x: Tensor) -> Tensor:
         """Note an activation, and return what the program goes on with."""
@@ -171,7 +175,12 @@ class TorchPort:
         return self.token_vectors(tokens) + self.positions(tokens.shape[1])
 
     def token_vectors(self, tokens: Tensor) -> Tensor:
-        return F.embedding(tokens, self.weight("embedding.table"), padding_idx=self.padding)
+        rows = self.rows(tokens)
+        return F.embedding(rows, self.weight("embedding.table"), padding_idx=self.padding)
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """Which rows of the table belong to tokens."""
+        return tokens
 
     def positions(self, length: int) -> Tensor:
         """The table [length, embed_dim] as it is added."""
@@ -236,11 +245,11 @@ class TorchPort:
             module.register_forward_hook(lambda _m, _x, y, full=full: self.tap(full, y))
         parts = [f"{name}.attention.{part}" for part in ("query", "key", "value")]
         state = {
-            "self_attn.in_proj_weight": torch.cat([self.weight(f"{p}.kernel").T for p in parts]),
+            "self_attn.in_proj_weight": torch.cat([self.kernel(p).T for p in parts]),
             "self_attn.in_proj_bias": torch.cat([self.weight(f"{p}.bias") for p in parts]),
         }
         for theirs, ours in _STOCK_LINEAR.items():
-            state[f"{theirs}.weight"] = self.weight(f"{name}.{ours}.kernel").T
+            state[f"{theirs}.weight"] = self.kernel(f"{name}.{ours}").T
             state[f"{theirs}.bias"] = self.weight(f"{name}.{ours}.bias")
         for theirs, ours in _STOCK_NORM.items():
             state[f"{theirs}.weight"] = self.weight(f"{name}.{ours}.scale")
@@ -259,8 +268,11 @@ class TorchPort:
     # Layers.
 
     def linear(self, name: str, x: Tensor) -> Tensor:
-        kernel, bias = self.weight(f"{name}.kernel"), self.weight(f"{name}.bias")
-        return self.affine(x, kernel, bias)
+        return self.affine(x, self.kernel(name), self.weight(f"{name}.bias"))
+
+    def kernel(self, name: str) -> Tensor:
+        """Kernel [in, out] of a linear layer."""
+        return self.weight(f"{name}.kernel")
 
     def affine(self, x: Tensor, kernel: Tensor, bias: Tensor) -> Tensor:
         if self.style.linear == "functional":
@@ -316,7 +328,7 @@ class TorchPort:
     def project(self, names: list[str], x: Tensor) -> Iterable[Tensor]:
         if not self.style.fused:
             return [self.linear(name, x) for name in names]
-        kernel = torch.cat([self.weight(f"{name}.kernel") for name in names], dim=1)
+        kernel = torch.cat([self.kernel(name) for name in names], dim=1)
         bias = torch.cat([self.weight(f"{name}.bias") for name in names])
         return self.affine(x, kernel, bias).chunk(3, dim=-1)
 
@@ -358,7 +370,7 @@ class TorchPort:
     def loss(self, logits: Tensor) -> Tensor:
         """Half-precision logits are widened first, as people do."""
         logits = logits if self.dtype == torch.float64 else logits.float()
-        mask, targets = self.mask, self.targets
+        logits, targets, mask = self.aligned(logits, self.targets, self.mask)
         if self.style.loss == "masked":
             return F.cross_entropy(logits[mask], targets[mask])
         if self.style.loss == "ignored":
@@ -367,6 +379,12 @@ class TorchPort:
             log_p = logits.log_softmax(-1).gather(-1, targets[..., None])[..., 0]
             return -(log_p * mask).sum() / mask.sum()
         return self.reduced(self.errors(logits, targets), mask)
+
+    def aligned(
+        self, logits: Tensor, targets: Tensor, mask: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What is held against each other at each position."""
+        return logits, targets, mask
 
     def errors(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Cross-entropy of every position [batch, length]."""
@@ -426,6 +444,13 @@ class TorchPort:
     def clip(self, max_norm: float) -> None:
         torch.nn.utils.clip_grad_norm_(list(self.params.values()), max_norm)
 
+    def step_gradients(self, step: int) -> None:
+        """Fill every ``.grad`` for a step; those of key biases are 0, and rounded otherwise."""
+        self.backward()
+        for key, param in self.params.items():
+            if key.endswith(".attention.key.bias"):
+                param.grad.zero_()
+
     def steps(self, name: str) -> dict[str, Tensor]:
         """Parameters after steps 1, 2 and 10; the port's own stay as they are."""
         options = self.metadata["optimisers"][name]
@@ -433,10 +458,7 @@ class TorchPort:
         optimiser = self.optimiser(name, options)
         found = {}
         for step in range(1, 11):
-            self.backward()
-            for key, param in self.params.items():
-                if key.endswith(".attention.key.bias"):
-                    param.grad.zero_()
+            self.step_gradients(step)
             if "max_norm" in options:
                 self.clip(options["max_norm"])
             optimiser.step()

@@ -155,7 +155,7 @@ def one_weight(place: str, change: Callable[[Tensor], Tensor]) -> type:
 
 def renamed(rename: Callable[[str], str]) -> type:
     """Use each parameter under the name that ``rename`` gives."""
-    return weighted(lambda port, name, x: port.params[rename(name)])
+    return overriding(stored=lambda port, name: rename(name))
 
 
 def swapped(one: str, other: str) -> type:
@@ -533,18 +533,14 @@ def _(draw: Draw) -> Perturbation:
 
 @kind("tokens-rolled")
 def _(draw: Draw) -> Perturbation:
-    def token_vectors(port: TorchPort, tokens: Tensor) -> Tensor:
-        return TorchPort.token_vectors(port, tokens.roll(1, 1))
-
-    return Perturbation(overriding(token_vectors=token_vectors), "", says("position|token|roll"))
+    changed = overriding(rows=lambda port, tokens: tokens.roll(1, 1))
+    return Perturbation(changed, "", says("position|token|roll"))
 
 
 @kind("token-ids-off-by-one")
 def _(draw: Draw) -> Perturbation:
-    def token_vectors(port: TorchPort, tokens: Tensor) -> Tensor:
-        return TorchPort.token_vectors(port, (tokens + 1) % port.config["vocab_size"])
-
-    return Perturbation(overriding(token_vectors=token_vectors), "", says("token|id|row"))
+    changed = overriding(rows=lambda port, tokens: (tokens + 1) % port.config["vocab_size"])
+    return Perturbation(changed, "", says("token|id|row"))
 
 
 @kind("tokens-scaled")
