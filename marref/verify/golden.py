@@ -296,7 +296,7 @@ def make_from(
         raise ValueError(f"activations: none is called {' or '.join(activations)}")
     metadata = {
         "format": "marref golden vectors 1",
-        "config": dataclasses.asdict(model),
+        "config": model.as_dict(),
         "seed": seed,
         "versions": {"marref": marref.__version__, "numpy": np.__version__},
         "conventions": CONVENTIONS,
