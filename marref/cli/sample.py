@@ -9,7 +9,7 @@ import numpy as np
 
 import marref
 from marref import chance, checks, data, files
-from marref.cli import arguments
+from marref.cli import arguments, classes
 from marref.cli.pictures import shown
 from marref.data.codecs import Bytes, Characters, Codec, Pixels, Tokenizer
 from marref.decoding import ORDERS
@@ -27,6 +27,7 @@ _EXAMPLES = arguments.examples(
     "marref sample run --num 8 --steps 32 --temperature 0.8 --seed 1",
     'marref sample run --prompt "The quick ________ fox" --show-steps',
     "marref sample run --num 64 --out samples.png",
+    "marref sample run --class 7 --guidance-scale 2",
 )
 
 
@@ -59,6 +60,7 @@ def add(commands: Any) -> None:
     sample.add_argument(
         "--out", type=Path, metavar="FILE", help="raw ids to .npy, pictures to .png, text to .txt"
     )
+    classes.add_arguments(sample)
     sample.add_argument("--show-steps", action="store_true", help="print every step, blanks as _")
     sample.set_defaults(run=_run)
 
@@ -67,13 +69,15 @@ def _run(parsed: argparse.Namespace) -> int:
     checkpoint = runs.best(parsed.run_folder)
     codec = data.codec_from_dict(checkpoint.codec)
     _check_out(parsed.out, codec)
-    length = runs.read_settings(parsed.run_folder)["data"]["length"]
+    settings = runs.read_settings(parsed.run_folder)
+    length = settings["data"]["length"]
+    labels = classes.drawn(parsed, runs.classes_of(settings))
     start = np.zeros(length, np.int64)
     if parsed.prompt is not None:
         start = prompt_tokens(parsed.prompt, codec, length)
     generated = []
     for index in range(parsed.num):
-        tokens, steps = _sample(checkpoint, start, index, parsed)
+        tokens, steps = _sample(checkpoint, start, labels[index], index, parsed)
         generated.append(tokens)
         if parsed.show_steps:
             for number, stage in enumerate(steps["tokens"][:, 0], 1):
@@ -89,7 +93,11 @@ def _run(parsed: argparse.Namespace) -> int:
 
 
 def _sample(
-    checkpoint: Checkpoint, start: Array, index: int, parsed: argparse.Namespace
+    checkpoint: Checkpoint,
+    start: Array,
+    label: int | None,
+    index: int,
+    parsed: argparse.Namespace,
 ) -> tuple[Array, dict[str, Array]]:
     """Generate one sequence, which depends on its number and not on how many there are."""
     order = parsed.order or ("confidence" if parsed.choice_temperature else "random")
@@ -97,7 +105,7 @@ def _sample(
     if noise is None:
         noise = _CHOICE_TEMPERATURE if order == "confidence" else 0.0
     tokens, steps = marref.iterative_decode(
-        checkpoint.config.model(checkpoint.vocab_size),
+        checkpoint.model,
         checkpoint.state.averaged,
         tokens=start[np.newaxis],
         num_steps=parsed.steps or int((start == 0).sum()),
@@ -105,6 +113,9 @@ def _sample(
         choice_temperature=noise,
         order=order,
         schedule=parsed.schedule,
+        labels=None if label is None else [label],
+        guidance_scale=parsed.guidance_scale,
+        guidance=parsed.guidance,
         rng=chance.generator(parsed.seed, "sample", index),
         return_steps=True,
     )
