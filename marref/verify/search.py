@@ -19,7 +19,7 @@ import numpy as np
 from marref.trees import Array
 from marref.verify import faults, golden, measure
 from marref.verify.comparison import Comparison, Golden, Row, budgets_by_array, row_of
-from marref.verify.faults import CATALOGUE, STAGES, Fault
+from marref.verify.faults import OF_CLASSES, STAGES, Fault
 from marref.verify.rounding import EPSILON
 
 _T = TypeVar("_T")
@@ -46,14 +46,19 @@ _SECTIONS = {
     "loss": ("loss", *_AFTER_LOSS),
     "gradients": _AFTER_LOSS,
     "optimiser": _AFTER_LOSS[1:],
-    "decoding": ("schedule/", "decode/", "ties/"),
+    "decoding": ("schedule/", "decode/", "ties/", "guidance/"),
+    "guidance": ("guidance/",),
     "masking": (),
 }
 """The sections that the faults of a stage can change; those of other stages can change any."""
 
-_STAGES = {"loss": ("loss",), **dict.fromkeys(("schedule", "decode", "ties"), ("decoding",))}
+_STAGES = {
+    "loss": ("loss",),
+    **dict.fromkeys(("schedule", "decode", "ties"), ("decoding",)),
+    "guidance": ("decoding", "guidance"),
+}
 """Where a section's faults are; of other sections, anywhere."""
-_LATE = (*golden.OPTIMISERS, "schedule", "decode", "ties")
+_LATE = (*golden.OPTIMISERS, "schedule", "decode", "ties", "guidance")
 """Sections whose steps or integers differ by much where what comes before differs by little."""
 _STAGE_OF = {fault: stage for stage, of_stage in STAGES.items() for fault in of_stage}
 
@@ -219,10 +224,13 @@ class Search:
 
     def _candidates(self) -> list[Fault]:
         """List the faults to try; where the evidence is thin, those of the section itself."""
-        if not self.thin:
-            return list(CATALOGUE.values())
-        stages = _STAGES.get(self.first.split("/")[0], tuple(STAGES))
-        return [fault for stage in stages for fault in STAGES[stage]]
+        stages = tuple(STAGES)
+        if self.thin:
+            stages = _STAGES.get(self.first.split("/")[0], stages)
+        found = [fault for stage in stages for fault in STAGES[stage]]
+        if self.golden_vectors.model.num_classes is None:
+            found = [fault for fault in found if fault not in OF_CLASSES]
+        return found
 
     def _sets(self, size: int) -> list[Together]:
         """Choose the sets of so many faults to try; see the head of this module."""
@@ -327,7 +335,7 @@ class Search:
                 rate = golden.OPTIMISERS[section]["learning_rate"]
                 whole_steps = 2.0 * rate * int(name.split("/")[1])
                 budgets[name] = max(budgets[name], whole_steps / _NEAR)
-            elif section == "decode":
+            elif section in ("decode", "guidance"):
                 budgets[name] = math.inf
         return budgets
 
