@@ -32,5 +32,4 @@ def gradient_candidates(case: Case) -> Candidates:
     np.add.at(shifted, (labels + 1) % len(case.golden), of_sequences)
     yield "has the last of each class's gradients, in place of their sum", assigned
     yield "has the gradients of the first position only, in place of their sum", of_first
-    yield "is averaged over the positions, in place of summed", case.golden / dx.shape[1]
     yield "has the gradients one row further, with no class first", shifted
