@@ -169,8 +169,8 @@ class Rule:
     order: str
     choice_temperature: float
     exclude_mask_token: bool
-    guidance_scale: float
-    guidance: str
+    guidance_scale: float = 1.0
+    guidance: str = "constant"
 
     def __post_init__(self) -> None:
         checks.integer("num_steps", self.num_steps, 1)
@@ -276,8 +276,9 @@ def scale_at(known: Array, rule: Rule) -> Array:
     array [batch]
         s, or with linear guidance 1 + (s - 1) r.
     """
-    share = known if rule.guidance == "linear" else np.ones_like(known)
-    scale: Array = 1.0 + (rule.guidance_scale - 1.0) * share
+    if rule.guidance == "constant":
+        return np.full_like(known, rule.guidance_scale)
+    scale: Array = 1.0 + (rule.guidance_scale - 1.0) * known
     return scale
 
 

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import time
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 import marref
 from marref import chance, decoding, masking, trees
+from marref.fast import forward
 from marref.layers import class_embedding
 from marref.verify.gradients import check_gradients, check_layer
 
@@ -237,6 +239,26 @@ def test_fast_decoding_is_the_definitions(data, num_threads, known):
     for name, array in steps.items():
         assert fast_steps[name].dtype == array.dtype
         np.testing.assert_allclose(fast_steps[name], array, rtol=1e-11)
+
+
+@pytest.mark.parametrize("failing_call", range(1, 5))
+def test_the_error_of_one_member_leaves_no_thread_waiting_for_the_pass_without_class(
+    monkeypatch, failing_call
+):
+    """A member that fails late in the first pass, when the other one waits in the second."""
+    original = forward._finish
+    calls = []
+
+    def failing(*arguments):
+        calls.append(1)
+        if len(calls) == failing_call:
+            time.sleep(0.05)
+            raise ZeroDivisionError
+        return original(*arguments)
+
+    monkeypatch.setattr(forward, "_finish", failing)
+    with pytest.raises(ZeroDivisionError):
+        marref.iterative_decode(MODEL, PARAMS, labels=[1], guidance_scale=2.0, num_threads=2)
 
 
 @both_ways

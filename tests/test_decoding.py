@@ -40,8 +40,6 @@ def rule(**changes):
         "order": "confidence",
         "choice_temperature": 0.0,
         "exclude_mask_token": True,
-        "guidance_scale": 1.0,
-        "guidance": "constant",
     }
     return decoding.Rule(**{**options, **changes})
 

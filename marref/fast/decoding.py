@@ -147,11 +147,18 @@ def _guided(work: Work, member: Member, guide: _Guide | None) -> Array | None:
     The head is x W + b, and u + s (c - u) the sum of c and u with weights that add up to 1.  So the
     logits that are guided are those of what is guided.
     """
-    normal = encode(work, member)
-    if guide is None or normal is None:
-        return normal
-    without = encode(work, guide.member)
-    return None if without is None else decoding.guide(normal, without, guide.scale)
+    if guide is None:
+        return encode(work, member)
+    try:
+        normal = encode(work, member)
+    except BaseException:
+        # Others may be waiting there already.
+        guide.member.team.give_up()
+        raise
+    without = None if normal is None else encode(work, guide.member)
+    if normal is None or without is None:
+        return None
+    return decoding.guide(normal, without, guide.scale)
 
 
 def _predict(logits: Array, rule: decoding.Rule, uniforms: Array | None) -> tuple[Array, Array]:
