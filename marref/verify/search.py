@@ -19,7 +19,7 @@ import numpy as np
 from marref.trees import Array
 from marref.verify import faults, golden, measure
 from marref.verify.comparison import Comparison, Golden, Row, budgets_by_array, row_of
-from marref.verify.faults import OF_CLASSES, STAGES, Fault
+from marref.verify.faults import STAGES, Fault
 from marref.verify.rounding import EPSILON
 
 _T = TypeVar("_T")
@@ -224,13 +224,11 @@ class Search:
 
     def _candidates(self) -> list[Fault]:
         """List the faults to try; where the evidence is thin, those of the section itself."""
-        stages = tuple(STAGES)
-        if self.thin:
-            stages = _STAGES.get(self.first.split("/")[0], stages)
-        found = [fault for stage in stages for fault in STAGES[stage]]
-        if self.golden_vectors.model.num_classes is None:
-            found = [fault for fault in found if fault not in OF_CLASSES]
-        return found
+        found = faults.of_model(self.golden_vectors.model)
+        if not self.thin:
+            return found
+        stages = _STAGES.get(self.first.split("/")[0], tuple(STAGES))
+        return [fault for fault in found if _STAGE_OF[fault] in stages]
 
     def _sets(self, size: int) -> list[Together]:
         """Choose the sets of so many faults to try; see the head of this module."""

@@ -20,6 +20,7 @@ True
 True
 """
 
+from marref.model import MAR
 from marref.verify.faults import (
     attention,
     block,
@@ -34,7 +35,7 @@ from marref.verify.faults import (
 )
 from marref.verify.faults.fault import Fault, applied, compatible
 
-__all__ = ["CATALOGUE", "OF_CLASSES", "STAGES", "Fault", "applied", "compatible"]
+__all__ = ["CATALOGUE", "OF_CLASSES", "STAGES", "Fault", "applied", "compatible", "of_model"]
 
 STAGES: dict[str, tuple[Fault, ...]] = {
     "embedding and head": tuple(embedding.fault),
@@ -58,3 +59,9 @@ OF_CLASSES = frozenset((*classes.fault, *classes.guidance_fault))
 
 CATALOGUE: dict[str, Fault] = {fault.name: fault for faults in STAGES.values() for fault in faults}
 """Every fault by its name, in the order of the pipeline."""
+
+
+def of_model(model: MAR) -> list[Fault]:
+    """List the faults that a model can have, in the order of the pipeline."""
+    has_classes = model.num_classes is not None
+    return [fault for fault in CATALOGUE.values() if has_classes or fault not in OF_CLASSES]
