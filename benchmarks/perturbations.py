@@ -43,7 +43,7 @@ class Patient:
         model = random_model(seed)
         self.vectors = Golden(*golden.make(model, seed))
         self.precision = precision
-        config = dataclasses.asdict(model)
+        config = model.as_dict()
         index = list(perturbed.KINDS).index(kind)
         self.fits = perturbed.NEEDS[kind](config)
         if self.fits:

@@ -10,7 +10,7 @@ import numpy as np
 
 from marref import checks
 
-PURPOSES = ("parameters", "split", "batch", "mask", "dropout", "validation", "sample")
+PURPOSES = ("parameters", "split", "batch", "mask", "dropout", "validation", "sample", "label")
 """What is drawn; a new purpose goes to the end, so that the others keep their streams."""
 
 

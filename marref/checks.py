@@ -122,6 +122,23 @@ def token_ids(
     return tokens
 
 
+def labels(argument: str, value: npt.ArrayLike, num_classes: int) -> Array:
+    """Return ``value`` as classes in [0, num_classes], [batch]; the last is "no class"."""
+    classes = array(argument, value)
+    if classes.dtype.kind not in "iu":
+        raise TypeError(f"{argument}: dtype {classes.dtype}, expected integers")
+    if classes.ndim != 1:
+        raise ValueError(f"{argument}: shape {list(classes.shape)}, expected [batch]")
+    bad = (classes < 0) | (classes > num_classes)
+    if bad.any():
+        place = _first(bad)
+        raise ValueError(
+            f"{argument}: class {classes[place]} at {_written(place)} is not in "
+            f"[0, {num_classes}], the last of which is no class"
+        )
+    return classes
+
+
 def no_mask_token(argument: str, tokens: Array, mask_token_id: int) -> None:
     """Raise, with the place of the first, if data hold the id that hides tokens."""
     bad = tokens == mask_token_id

@@ -12,6 +12,11 @@ temperature,
 `marref.schedules` says how many are revealed in a step.  Chang et al.
 2022 (MaskGIT, arXiv 2202.04200, section 3.2) introduced the scheme.
 
+With a model of classes, z may be guided (classifier-free guidance, Ho & Salimans 2022, arXiv
+2207.12598): with c the logits of the class, u those of no class and s the scale,
+
+    z = u + s (c - u)
+
 This is the definition, written to be read; `marref.fast` computes the same sooner.  Page:
 docs/decoding.md.
 """
@@ -31,10 +36,11 @@ from marref.schedules import SCHEDULES, Schedule
 from marref.trees import Array, Tree
 
 ORDERS = ("confidence", "random")
+GUIDANCES = ("constant", "linear")
 
-PredictAt = Callable[[Array, Array, Array | None], tuple[Array, Array]]
-"""``(tokens, masked, uniforms)`` to token and log-confidence at the masked positions, see
-`predict`."""
+PredictAt = Callable[[Array, Array, Array | None, Array], tuple[Array, Array]]
+"""``(tokens, masked, uniforms, scale)`` to token and log-confidence at the masked positions, see
+`predict`; ``scale`` [batch] is that of the guidance."""
 
 
 def iterative_decode(
@@ -55,6 +61,9 @@ def iterative_decode(
     exclude_mask_token: bool = True,
     top_k: int | None = None,
     top_p: float | None = None,
+    labels: npt.ArrayLike | None = None,
+    guidance_scale: float = 1.0,
+    guidance: str = "constant",
     return_steps: bool = False,
 ) -> npt.NDArray[np.int64] | Any:
     """Generate sequences by revealing the most confident tokens first.
@@ -76,7 +85,7 @@ def iterative_decode(
         does not depend on it.  0: tokens are the arg max also with ``rng``, with the confidence
         of temperature 1, since in the limit all confidences are 1 and say nothing.
     batch_size : int, optional
-        Number of sequences, 1 unless ``tokens`` say otherwise.
+        Number of sequences, 1 unless ``tokens`` or ``labels`` say otherwise.
     tokens : integer array [batch_size, seq_len], optional
         What is known: only positions that hold [MASK] are filled (inpainting).
     schedule : {"cosine", "linear"} or callable
@@ -102,6 +111,15 @@ def iterative_decode(
         to at least this, the id that gets there among them: the nucleus of Holtzman et al. 2020
         (arXiv 1904.09751, section 3.1).  With ``top_k`` too, an id must be in both sets, each
         taken from p = softmax(z / T).
+    labels : integer array [batch_size], optional
+        The class of every sequence, see `marref.model.MAR.forward`; without it, no class.
+    guidance_scale : float
+        s >= 0; needs ``labels`` unless it is 1, which is the class's own distribution.  0 is that
+        of no class, and more than 1 goes beyond the class.
+    guidance : {"constant", "linear"}
+        Whether all steps have the scale s, or 1 + (s - 1) r, with r the fraction of the sequence
+        that is known after the step: as in MAR (Li et al. 2024, arXiv 2406.11838, published code),
+        which follows Muse (Chang et al. 2023, arXiv 2301.00704, section 2.7).
     return_steps : bool
 
     Returns
@@ -130,7 +148,7 @@ def iterative_decode(
     lower position, so that decoding silently runs from left to right.  Muse's code (lucidrains)
     takes the whole distribution, at temperature 1.
     """
-    tokens = start(model, seq_len, vocab_size, batch_size, mask_token_id, tokens)
+    tokens = start(model, seq_len, vocab_size, batch_size, mask_token_id, tokens, labels)
     check_params(model, params, tokens)
     rule = Rule(
         num_steps=num_steps,
@@ -142,10 +160,19 @@ def iterative_decode(
         exclude_mask_token=exclude_mask_token,
         top_k=top_k,
         top_p=top_p,
+        guidance_scale=guidance_scale,
+        guidance=guidance,
     )
+    labels = rule.check_labels(model, labels, len(tokens))
 
-    def predict_at(tokens: Array, masked: Array, uniforms: Array | None) -> tuple[Array, Array]:
-        return predict(model(params, tokens)[masked], rule, uniforms)
+    def predict_at(
+        tokens: Array, masked: Array, uniforms: Array | None, scale: Array
+    ) -> tuple[Array, Array]:
+        logits = model(params, tokens, labels)[masked]
+        if rule.guides:
+            of_rows = np.repeat(scale, masked.sum(axis=1))
+            logits = guide(logits, model(params, tokens)[masked], of_rows)
+        return predict(logits, rule, uniforms)
 
     tokens, steps = decode(predict_at, tokens, rule, rng, params["head"]["bias"].dtype)
     return (tokens, steps) if return_steps else tokens
@@ -164,6 +191,8 @@ class Rule:
     exclude_mask_token: bool
     top_k: int | None = None
     top_p: float | None = None
+    guidance_scale: float = 1.0
+    guidance: str = "constant"
 
     def __post_init__(self) -> None:
         checks.integer("num_steps", self.num_steps, 1)
@@ -174,6 +203,8 @@ class Rule:
         if self.top_p is not None:
             checks.real("top_p", self.top_p, "(0, 1]")
         checks.choice("order", self.order, ORDERS)
+        checks.real("guidance_scale", self.guidance_scale, "[0, inf)")
+        checks.choice("guidance", self.guidance, GUIDANCES)
         if not callable(self.schedule):
             checks.choice("schedule", self.schedule, SCHEDULES)
         if self.order == "random" and self.choice_temperature > 0:
@@ -190,6 +221,21 @@ class Rule:
             raise ValueError(
                 'rng: received None, but order="random" and choice_temperature need one'
             )
+
+    @property
+    def guides(self) -> bool:
+        """Whether the logits of no class are needed."""
+        return self.guidance_scale != 1.0
+
+    def check_labels(
+        self, model: MAR, labels: npt.ArrayLike | None, batch_size: int
+    ) -> Array | None:
+        """Raise unless labels fit the model, and are there if they are to guide."""
+        if self.guides and labels is None:
+            raise ValueError(
+                f"labels: received None, but guidance_scale={self.guidance_scale} needs them"
+            )
+        return model.check_labels(labels, batch_size)
 
 
 def decode(
@@ -228,7 +274,9 @@ def decode(
         uniforms = None if rng is None else rng.random(masked.sum())
         predicted = tokens.copy()
         log_confidence = np.full(tokens.shape, -np.inf, dtype)
-        predicted[masked], log_confidence[masked] = predict_at(tokens, masked, uniforms)
+        known = 1.0 - (masked.sum(axis=1) - counts[:, step]) / tokens.shape[1]
+        scale = scale_at(known, rule)
+        predicted[masked], log_confidence[masked] = predict_at(tokens, masked, uniforms, scale)
         confidence = np.where(masked, np.exp(log_confidence), confidence)
 
         progress = (step + 1) / np.maximum(num_rounds, 1)
@@ -238,6 +286,47 @@ def decode(
         masked = masked & ~reveal
         steps.append({"tokens": tokens, "mask": masked, "confidence": confidence})
     return tokens, _stacked(steps, tokens.shape, dtype)
+
+
+def scale_at(known: Array, rule: Rule) -> Array:
+    """Compute the guidance scale of a step.
+
+    Parameters
+    ----------
+    known : array [batch]
+        The fraction of each sequence that is known after the step.
+    rule : Rule
+
+    Returns
+    -------
+    array [batch]
+        s, or with linear guidance 1 + (s - 1) r.
+    """
+    if rule.guidance == "constant":
+        return np.full_like(known, rule.guidance_scale)
+    scale: Array = 1.0 + (rule.guidance_scale - 1.0) * known
+    return scale
+
+
+def guide(conditional: Array, unconditional: Array, scale: Array) -> Array:
+    """Compute u + s (c - u): from no class towards the class, and beyond it with s > 1.
+
+    Softmax of it is proportional to p(token) (p(token | class) / p(token))^s: since the ratio is
+    p(class | token) up to a factor, by Bayes, this sharpens how sure a classifier would be.
+
+    Parameters
+    ----------
+    conditional, unconditional : arrays [masked, vocab_size]
+        Logits c and u.
+    scale : array [masked]
+
+    Returns
+    -------
+    array [masked, vocab_size]
+    """
+    scale = scale.astype(conditional.dtype)[:, np.newaxis]
+    guided: Array = unconditional + scale * (conditional - unconditional)
+    return guided
 
 
 def predict(logits: Array, rule: Rule, uniforms: Array | None) -> tuple[Array, Array]:
@@ -427,6 +516,7 @@ def start(
     batch_size: int | None,
     mask_token_id: int,
     tokens: npt.ArrayLike | None,
+    labels: npt.ArrayLike | None,
 ) -> npt.NDArray[np.int64]:
     """Check the arguments that say where decoding starts; return the tokens it starts from."""
     check_model(model)
@@ -440,7 +530,8 @@ def start(
     if seq_len is not None:
         checks.integer("seq_len", seq_len, 1, model.seq_len)
     if tokens is None:
-        shape = (batch_size or 1, seq_len or model.seq_len)
+        count = 1 if labels is None else np.size(labels)
+        shape = (batch_size or count, seq_len or model.seq_len)
         return np.full(shape, mask_token_id, np.int64)
     known = checks.token_ids("tokens", tokens, model.vocab_size).astype(np.int64)
     checks.shape("tokens", known, (batch_size or known.shape[0], seq_len or known.shape[1]))

@@ -9,6 +9,7 @@ import types
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from marref import checks, positions, trees
@@ -38,6 +39,9 @@ class Hyperparameters:
         Exact, or the approximation; see `marref.layers.gelu`.
     positions : {"concatenated", "interleaved"}
         The kind of sinusoidal table; see `marref.positions`.
+    num_classes : int, optional
+        How many classes sequences have; ``None``: none, and no parameters for them.  See
+        `marref.layers.class_embedding`.
 
     Raises
     ------
@@ -58,6 +62,7 @@ class Hyperparameters:
     layer_norm_epsilon: float = 1e-5
     gelu: str = "erf"
     positions: str = "concatenated"
+    num_classes: int | None = None
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {"vocab_size": checks.integer("vocab_size", self.vocab_size, 2)}
@@ -75,8 +80,17 @@ class Hyperparameters:
                 f"embed_dim: received {self.embed_dim}, "
                 f"expected a multiple of num_heads = {self.num_heads}"
             )
+        if self.num_classes is not None:
+            checked["num_classes"] = checks.integer("num_classes", self.num_classes, 1)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the hyper-parameters by name; ``num_classes`` only where there are classes."""
+        found = dataclasses.asdict(self)
+        if self.num_classes is None:
+            del found["num_classes"]
+        return found
 
     @functools.cached_property
     def parameter_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -99,6 +113,8 @@ class Hyperparameters:
             shapes |= projection(f"{prefix}.feed_forward.up", features, hidden)
             shapes |= projection(f"{prefix}.feed_forward.down", hidden, features)
         shapes |= norm("final_norm") | projection("head", features, self.vocab_size)
+        if self.num_classes is not None:
+            shapes["class_embedding.table"] = (self.num_classes + 1, features)
         return types.MappingProxyType(shapes)
 
     def check_inputs(self, params: Tree, tokens: npt.ArrayLike) -> Array:
@@ -111,3 +127,28 @@ class Hyperparameters:
                 f"with batch >= 1 and length in [1, seq_len = {self.seq_len}]"
             )
         return tokens
+
+    def check_labels(self, labels: npt.ArrayLike | None, batch_size: int) -> Array | None:
+        """Raise unless labels fit the model and the batch.
+
+        Parameters
+        ----------
+        labels : integer array [batch], or None
+            In [0, num_classes]; num_classes is "no class", which ``None`` stands for in all
+            sequences.
+        batch_size : int
+
+        Returns
+        -------
+        integer array [batch], or None
+            ``None`` where the model has no classes.
+        """
+        if self.num_classes is None:
+            if labels is not None:
+                raise ValueError("labels: received for a model without classes, expected None")
+            return None
+        if labels is None:
+            return np.full(batch_size, self.num_classes)
+        labels = checks.labels("labels", labels, self.num_classes)
+        checks.shape("labels", labels, (batch_size,))
+        return labels

@@ -1,6 +1,8 @@
 """MAR: embedding, bidirectional pre-norm transformer, head.
 
-    x = dropout(embedding(tokens))
+    x = embedding(tokens)
+    x = class_embedding(x, labels)        where the model has classes
+    x = dropout(x)
     x = block(x)                          num_layers times
     logits = linear(layer_norm(x))        the head
 
@@ -14,6 +16,9 @@ the hyper-parameters and owns no arrays; parameters are a tree (`marref.trees`):
     blocks.<i>.feed_forward.{up, down}.{kernel, bias}
     final_norm.{scale, bias}                                   [embed_dim]
     head.{kernel, bias}                                        [embed_dim, vocab_size], [vocab_size]
+    class_embedding.table                                      [num_classes + 1, embed_dim]
+
+The last is there where the model has classes.
 """
 
 import dataclasses
@@ -24,7 +29,7 @@ import numpy.typing as npt
 
 from marref import checks, loss, trees
 from marref.hyperparameters import Hyperparameters
-from marref.layers import block, dropout, embedding, layer_norm, linear
+from marref.layers import block, class_embedding, dropout, embedding, layer_norm, linear
 from marref.trees import Array, Tree
 
 
@@ -34,7 +39,7 @@ class MAR(Hyperparameters):
 
     Parameters, defaults and errors are those of `marref.hyperparameters.Hyperparameters`:
     ``vocab_size``, ``embed_dim``, ``num_layers``, ``num_heads``, ``seq_len``, ``dropout``,
-    ``layer_norm_epsilon``, ``gelu`` and ``positions``.
+    ``layer_norm_epsilon``, ``gelu``, ``positions`` and ``num_classes``.
     """
 
     def init(
@@ -42,14 +47,15 @@ class MAR(Hyperparameters):
     ) -> Tree:
         """Draw parameters.
 
-        Kernels and the embedding table come from N(0, std²), the kernels that write to the
+        Kernels and the embedding tables come from N(0, std²), the kernels that write to the
         residual stream from N(0, std²/(2·num_layers)) (see `marref.layers.block.init`); biases
         are 0, norm scales 1.
 
         Parameters
         ----------
         rng : numpy.random.Generator
-            The same seed gives the same numbers in every dtype, up to their rounding.
+            The same seed gives the same numbers in every dtype, up to their rounding.  The table
+            of the classes is drawn last: a model without has the same other parameters.
         dtype : float32, float64 or complex128
         std : float
             Positive.  The default is that of GPT-2 (published code), which is at least 768 wide.
@@ -64,7 +70,7 @@ class MAR(Hyperparameters):
         checks.generator("rng", rng)
         dtype = trees.check_dtype("dtype", dtype)
         std = checks.real("std", std, "(0, inf)")
-        return {
+        params = {
             "embedding": embedding.init(rng, self.vocab_size, self.embed_dim, std, dtype),
             "blocks": [
                 block.init(rng, self.embed_dim, self.num_layers, std, dtype)
@@ -73,9 +79,18 @@ class MAR(Hyperparameters):
             "final_norm": layer_norm.init(self.embed_dim, dtype),
             "head": linear.init(rng, self.embed_dim, self.vocab_size, std, dtype),
         }
+        if self.num_classes is not None:
+            params["class_embedding"] = class_embedding.init(
+                rng, self.num_classes, self.embed_dim, std, dtype
+            )
+        return params
 
     def forward(
-        self, params: Tree, tokens: npt.ArrayLike, rng: np.random.Generator | None = None
+        self,
+        params: Tree,
+        tokens: npt.ArrayLike,
+        rng: np.random.Generator | None = None,
+        labels: npt.ArrayLike | None = None,
     ) -> tuple[Array, Tree]:
         """Compute the logits, and keep what the backward needs.
 
@@ -87,6 +102,9 @@ class MAR(Hyperparameters):
             length <= seq_len; ids in [0, vocab_size).
         rng : numpy.random.Generator, optional
             Given: dropout is on (training).
+        labels : integer array [batch], optional
+            The class of every sequence, in [0, num_classes]; num_classes is "no class", as all are
+            without it.
 
         Returns
         -------
@@ -97,12 +115,17 @@ class MAR(Hyperparameters):
         Raises
         ------
         TypeError, ValueError
-            Parameters, tokens or rng do not fit the model; the message says which and how.
+            Parameters, tokens, rng or labels do not fit the model; the message says which and how.
         """
         tokens = self.check_inputs(params, tokens)
+        labels = self.check_labels(labels, len(tokens))
         keep = self.draw_keep(rng, tokens.shape)
         cache: Tree = {}
         x, cache["embedding"] = embedding.forward(params["embedding"], tokens, self.positions)
+        if labels is not None:
+            x, cache["class_embedding"] = class_embedding.forward(
+                params["class_embedding"], x, labels
+            )
         x, cache["embedding_dropout"] = dropout.forward(x, keep["embedding"], self.dropout)
         cache["blocks"] = []
         for block_params, block_keep in zip(params["blocks"], keep["blocks"], strict=True):
@@ -156,12 +179,19 @@ class MAR(Hyperparameters):
             dx, block_grads = block.backward(block_params, dx, block_cache)
             last_first.append(block_grads)
         dx = dropout.backward(dx, cache["embedding_dropout"])
-        embedding_grads = embedding.backward(params["embedding"], dx, cache["embedding"])
-        return {"embedding": embedding_grads, "blocks": last_first[::-1], **head_grads}
+        class_grads = {}
+        if self.num_classes is not None:
+            dx, class_grads["class_embedding"] = class_embedding.backward(
+                params["class_embedding"], dx, cache["class_embedding"]
+            )
+        grads = {"embedding": embedding.backward(params["embedding"], dx, cache["embedding"])}
+        return {**grads, "blocks": last_first[::-1], **head_grads, **class_grads}
 
-    def __call__(self, params: Tree, tokens: npt.ArrayLike) -> Array:
+    def __call__(
+        self, params: Tree, tokens: npt.ArrayLike, labels: npt.ArrayLike | None = None
+    ) -> Array:
         """Return the logits [batch, length, vocab_size] alone; see `forward`."""
-        return self.forward(params, tokens)[0]
+        return self.forward(params, tokens, labels=labels)[0]
 
     def draw_keep(self, rng: np.random.Generator | None, shape: tuple[int, ...]) -> Tree:
         """Draw which features dropout keeps in one forward pass.
@@ -211,6 +241,7 @@ def loss_and_grads(
     rng: np.random.Generator | None = None,
     *,
     label_smoothing: float = 0.0,
+    labels: npt.ArrayLike | None = None,
 ) -> tuple[np.inexact, Tree]:
     """Run the model and the loss forward, and both backward.
 
@@ -226,6 +257,8 @@ def loss_and_grads(
         Given: dropout is on.
     label_smoothing : float
         ε in [0, 1) of the loss (1 - ε) L + ε U; see `marref.loss.uniform`.
+    labels : integer array [batch], optional
+        See `MAR.forward`.
 
     Returns
     -------
@@ -236,7 +269,7 @@ def loss_and_grads(
     """
     check_model(model)
     checks.real("label_smoothing", label_smoothing, "[0, 1)")
-    logits, cache = model.forward(params, tokens, rng)
+    logits, cache = model.forward(params, tokens, rng, labels)
     value, loss_cache = loss.forward(logits, targets, mask)
     dlogits = loss.backward(loss_cache)
     if label_smoothing > 0.0:

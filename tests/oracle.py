@@ -26,17 +26,19 @@ def exact(tree):
 # The model
 
 
-def forward(params, tokens, *, num_heads, gelu, positions, epsilon):
+def forward(params, tokens, labels=None, *, num_heads, gelu, positions, epsilon):
     """Logits of every sequence by itself.  tokens: [batch, length] -> [batch, length, vocab_size]
 
-    x = table[tokens] + sinusoids;  in every block x += attention(norm(x)), then
-    x += feed_forward(norm(x));  logits = head(norm(x)).
+    x = table[tokens] + sinusoids, and + class_table[label] with labels [batch];  in every block
+    x += attention(norm(x)), then x += feed_forward(norm(x));  logits = head(norm(x)).
     """
     logits = []
-    for sequence in tokens:
+    for sequence, label in zip(tokens, labels or [None] * len(tokens), strict=True):
         table = params["embedding"]["table"]
         waves = sinusoidal_table(len(sequence), len(table[0]), positions)
         x = [add(table[token], wave) for token, wave in zip(sequence, waves, strict=True)]
+        if label is not None:
+            x = [add(vector, params["class_embedding"]["table"][label]) for vector in x]
         for block in params["blocks"]:
             normed = [layer_norm(block["attention_norm"], vector, epsilon) for vector in x]
             branch = attention(block["attention"], normed, num_heads)
@@ -195,6 +197,18 @@ def floor_of_cosine(n, x):
     if x == Fraction(2, 3):
         return n // 2
     return int(mp.floor(n * mp.cos(mp.pi * x.numerator / (2 * x.denominator))))
+
+
+def guided(conditional, unconditional, scale):
+    """u + s (c - u).  [n], [n] -> [n]"""
+    pairs = zip(conditional, unconditional, strict=True)
+    return [u + scale * (c - u) for c, u in pairs]
+
+
+def guidance_scales(num_masked, length, num_steps, schedule, scale):
+    """1 + (s - 1) r for each step, r the fraction of all positions that are known after it."""
+    left = masked_after_steps(num_masked, num_steps, schedule)
+    return [1 + (scale - 1) * mp.mpf(length - masked) / length for masked in left]
 
 
 def decode(logits_of, tokens, *, num_steps, temperature, schedule, mask_token_id=0):

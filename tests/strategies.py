@@ -43,7 +43,7 @@ def random_params(model, rng, dtype=np.float64, std=0.4):
 
 
 @st.composite
-def models(draw, dropout=0.0):
+def models(draw, dropout=0.0, classes=False):
     num_heads = draw(st.integers(1, 3))
     head_dim = draw(st.sampled_from([2, 4]))
     return marref.build(
@@ -56,18 +56,29 @@ def models(draw, dropout=0.0):
         layer_norm_epsilon=draw(st.sampled_from([1e-5, 1e-2])),
         gelu=draw(st.sampled_from(["erf", "tanh"])),
         positions=draw(st.sampled_from(["concatenated", "interleaved"])),
+        num_classes=draw(st.integers(1, 3)) if classes else None,
     )
 
 
 @st.composite
-def cases(draw, dropout=0.0, dtype=np.float64, max_batch=3):
-    model = draw(models(dropout))
+def cases(draw, dropout=0.0, dtype=np.float64, max_batch=3, classes=False):
+    model = draw(models(dropout, classes))
     seed = draw(st.integers(0, 2**32 - 1))
     rng = np.random.default_rng(seed)
     shape = (draw(st.integers(1, max_batch)), draw(st.integers(1, model.seq_len)))
     targets = rng.integers(model.vocab_size, size=shape)
     tokens, mask = marref.mask_tokens(targets, rng.random(shape[0]), rng)
     return Case(model, random_params(model, rng, dtype), tokens, targets, mask, seed)
+
+
+@st.composite
+def labelled_cases(draw, dropout=0.0, dtype=np.float64, max_batch=3):
+    """A case of a model with classes, and labels, "no class" among them; or None for all."""
+    case = draw(cases(dropout, dtype, max_batch, classes=True))
+    count = len(case.tokens)
+    label = st.integers(0, case.model.num_classes)
+    labels = draw(st.none() | st.lists(label, min_size=count, max_size=count).map(np.array))
+    return case, labels
 
 
 @st.composite

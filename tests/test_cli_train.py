@@ -480,14 +480,14 @@ def test_evaluation_prints_a_table_and_the_bound(run, text, capsys):
 
 def test_sequences_that_are_measured_do_not_overlap(run, capsys, monkeypatch):
     taken = []
-    original = runs.spread
+    original = runs.spread_index
 
-    def spread(dataset, count):
+    def spread_index(dataset, count):
         places = np.linspace(0, len(dataset) - 1, count).astype(int)
         taken.append(int(np.diff(places).min()))
         return original(dataset, count)
 
-    monkeypatch.setattr(runs, "spread", spread)
+    monkeypatch.setattr(runs, "spread_index", spread_index)
     said(capsys, "evaluate", run)
     assert taken[0] >= 16
 

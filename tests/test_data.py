@@ -381,7 +381,10 @@ def test_colours_lie_beside_each_other(tmp_path):
 def test_sub_folders_are_classes(tmp_path):
     for name in ("dog/z.png", "cat/deep/a.jpg", "cat/b.jpeg", "ant/c.png"):
         picture(tmp_path / name, np.zeros((2, 2)))
-    assert data.load(tmp_path).labels.tolist() == [0, 1, 1, 2]
+    dataset = data.load(tmp_path)
+    assert dataset.labels.tolist() == [0, 1, 1, 2]
+    assert dataset.class_names == ("ant", "cat", "dog")
+    assert dataset.split(0.25, 0)[0].class_names == dataset.class_names
     labels = write(tmp_path / "labels.txt", "7\n5\n5\n10\n")
     assert data.load(tmp_path, labels=labels).labels.tolist() == [7, 5, 5, 10]
 

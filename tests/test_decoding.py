@@ -506,7 +506,7 @@ def test_rank_gives_what_is_not_masked_no_chance():
 def test_the_decoder_asks_for_the_masked_positions_of_every_step():
     asked = []
 
-    def predict_at(tokens, masked, uniforms):
+    def predict_at(tokens, masked, uniforms, scale):
         asked.append((tokens.tolist(), masked.tolist(), uniforms))
         count = masked.sum()
         return np.full(count, 2), np.linspace(-1.0, -0.5, count)

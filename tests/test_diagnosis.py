@@ -8,7 +8,7 @@ import pytest
 
 from marref import files, trees
 from marref.layers import attention
-from marref.verify import golden
+from marref.verify import faults, golden
 from marref.verify.comparison import Golden, compare
 from marref.verify.diagnosis import diagnose
 from marref.verify.faults import CATALOGUE, STAGES
@@ -501,7 +501,7 @@ def test_what_is_tried_is_reported(vectors):
     calls = []
     logits = {"activations/logits": vectors.arrays["activations/logits"] + 1.0}
     diagnose(vectors, logits, most_together=2, progress=lambda *call: calls.append(call))
-    assert calls[0] == ("single mistakes", 0, len(CATALOGUE))
+    assert calls[0] == ("single mistakes", 0, len(faults.of_model(vectors.model)))
     assert {what for what, _, _ in calls} >= {"single mistakes", "pairs"}
     assert all(done < total for _, done, total in calls)
 

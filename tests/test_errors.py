@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import marref
-from marref import loss, optim, schedules, training, trees
+from marref import loss, masking, optim, schedules, training, trees
 
 from .strategies import both_ways
 
@@ -18,6 +18,8 @@ LOGITS = np.zeros((2, 3, 5))
 MASK = np.ones((2, 3), bool)
 READ_ONLY = trees.map_leaves(lambda leaf: np.broadcast_to(leaf, leaf.shape), PARAMS)
 STATE = optim.init(PARAMS)
+CLASSES = dataclasses.replace(MODEL, num_classes=3)
+CLASS_PARAMS = CLASSES.init(np.random.default_rng(0))
 
 
 def without(name):
@@ -40,6 +42,16 @@ def decode(**options):
     return lambda way: way.iterative_decode(MODEL, PARAMS, **options)
 
 
+def decode_classes(**options):
+    return lambda way: way.iterative_decode(CLASSES, CLASS_PARAMS, **options)
+
+
+def labelled(labels):
+    return lambda way: way.loss_and_grads(
+        CLASSES, CLASS_PARAMS, TOKENS, TOKENS, MASK, labels=labels
+    )
+
+
 def train(**options):
     defaults = {"num_steps": 2, "batch_size": 2, "learning_rate": 0.1, "rng": RNG}
     return lambda: training.train(MODEL, PARAMS, TOKENS, **{**defaults, **options})
@@ -58,6 +70,12 @@ def gradients(**options):
 
 BAD_CALLS = {
     # The hyper-parameters.
+    "num_classes: received 0, expected an integer >= 1": lambda: marref.build(5, num_classes=0),
+    "num_classes: received 2.0, expected an integer": lambda: marref.build(5, num_classes=2.0),
+    "labels: class 3 at [0] is not in [0, 2]": lambda: masking.drop_labels([3], 0.1, RNG, 2),
+    "rate: received 1.0, expected a number in [0, 1)": lambda: masking.drop_labels(
+        [0], 1.0, RNG, 2
+    ),
     "vocab_size: received 1, expected an integer >= 2": lambda: marref.build(1),
     "vocab_size: received 5.0, expected an integer": lambda: marref.build(5.0),
     "vocab_size: received True, expected an integer": lambda: marref.build(True),
@@ -320,6 +338,34 @@ BAD_CALLS_OF_BOTH_WAYS = {
         PARAMS, PARAMS, {**STATE, "step": np.array(-1)}, 0.1
     ),
     "learning_rate: received -1": step(learning_rate=-1),
+    # Classes.
+    "labels: received for a model without classes, expected None": lambda way: way.loss_and_grads(
+        MODEL, PARAMS, TOKENS, TOKENS, MASK, labels=[0, 1]
+    ),
+    "labels: received for a model without classes, expected None ": decode(labels=[0]),
+    "labels: dtype float64, expected integers": labelled([0.0, 1.0]),
+    "labels: dtype bool, expected integers": labelled([True, False]),
+    "labels: shape [3], expected [2]": labelled([0, 1, 2]),
+    "labels: shape [], expected [batch]": labelled(np.array(1)),
+    "labels: shape [2, 1], expected [batch]": labelled([[0], [1]]),
+    "labels: class 4 at [1] is not in [0, 3], the last of which is no class": labelled([0, 4]),
+    "labels: class -1 at [0] is not in [0, 3]": labelled([-1, 0]),
+    "labels: class 4 at [0] is not in [0, 3]": decode_classes(labels=[4]),
+    "labels: shape [3], expected [2] ": decode_classes(labels=[0, 1, 2], batch_size=2),
+    "labels: received None, but guidance_scale=2.0 needs them": decode_classes(guidance_scale=2.0),
+    "labels: received None, but guidance_scale=3.0 needs them": decode(guidance_scale=3.0),
+    "guidance_scale: received -1, expected a number in [0, inf)": decode_classes(
+        labels=[0], guidance_scale=-1
+    ),
+    "guidance: received 'cosine', expected one of constant, linear": decode_classes(
+        labels=[0], guidance="cosine"
+    ),
+    "params: class_embedding.table is missing": lambda way: way.loss_and_grads(
+        CLASSES, PARAMS, TOKENS, TOKENS, MASK
+    ),
+    "params: class_embedding.table is not expected": lambda way: way.loss_and_grads(
+        MODEL, CLASS_PARAMS, TOKENS, TOKENS, MASK
+    ),
     "beta1: received 1.0, expected a number in [0, 1)": step(beta1=1.0),
     "beta2: received 2": step(beta2=2),
     "epsilon: received 0": step(epsilon=0),

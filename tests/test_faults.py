@@ -23,10 +23,11 @@ import marref
 from marref import trees
 from marref.layers import gelu, layer_norm
 from marref.verify import faults, golden, self_check
-from marref.verify.faults import CATALOGUE, STAGES
+from marref.verify.faults import CATALOGUE, OF_CLASSES, STAGES
 from marref.verify.faults.page import differences, first_difference, first_differences, page
 
 from . import oracle, strategies
+from .test_decoding import rule as decoding_rule
 from .test_decoding import with_logits
 from .test_torch import (
     NAMES,
@@ -40,6 +41,7 @@ from .test_torch import (
 )
 
 TINY = golden.PRESETS["tiny"]
+CLASSES = dataclasses.replace(TINY, num_classes=3)
 MISTAKES = Path(__file__).parents[1] / "docs" / "mistakes.md"
 
 every_fault = pytest.mark.parametrize("name", CATALOGUE)
@@ -52,6 +54,11 @@ OTHER_MODELS = {
     "layer-norm-clipped-variance": {"layer_norm_epsilon": 1e-2},
 }
 WITHOUT_ARRAYS = {fault.name for fault in STAGES["masking"]}
+
+
+def tiny_of(fault):
+    """The tiny model that may have a fault."""
+    return CLASSES if fault in OF_CLASSES else TINY
 
 
 @functools.cache
@@ -477,6 +484,7 @@ SECTIONS = {
     "gradients": ("activation_gradients/", "gradients/"),
     "optimiser": ("adam/", "adamw/", "clipped/"),
     "decoding": ("decode/", "schedule/", "ties/"),
+    "guidance": ("guidance/",),
 }
 
 
@@ -499,11 +507,17 @@ def test_a_fault_changes_golden_vectors_and_first_those_of_its_stage(name, first
 
 @every_fault
 def test_a_fault_keeps_float32(name):
-    params, batch, _ = drawn(TINY)
+    model = tiny_of(CATALOGUE[name])
+    params, batch, _ = drawn(model)
     params = trees.map_leaves(lambda leaf: leaf.astype(np.float32), params)
     with CATALOGUE[name].applied():
-        logits, _ = TINY.forward(params, batch["tokens"])
-        value, grads = marref.loss_and_grads(TINY, params, **batch)
+        logits, _ = model.forward(params, batch["tokens"])
+        value, grads = marref.loss_and_grads(model, params, **batch)
+        if model is CLASSES:
+            _, steps = marref.iterative_decode(
+                model, params, labels=[1], guidance_scale=2.0, guidance="linear", return_steps=True
+            )
+            assert steps["confidence"].dtype == np.float32
         stepped, _ = marref.optim.step(
             params, grads, marref.optim.init(params), 0.01, weight_decay=0.1
         )
@@ -561,6 +575,15 @@ def test_drawn_counts_scatter_around_the_ratio():
     assert counts.var() == pytest.approx(10 * 0.3 * 0.7, rel=0.1)
 
 
+@pytest.mark.parametrize("fault", OF_CLASSES, ids=lambda fault: fault.name)
+def test_a_fault_of_classes_changes_nothing_in_a_model_without(fault):
+    params, batch, right = drawn(TINY)
+    with fault.applied():
+        found = golden.compute(TINY, params, batch)
+    for name, array in right.items():
+        np.testing.assert_array_equal(found[name], array, err_msg=name)
+
+
 def test_edifice_s_table_makes_logits_that_ignore_the_tokens():
     params, batch, _ = drawn(TINY)
     with CATALOGUE["embedding-fixed-ramp"].applied():
@@ -583,12 +606,15 @@ TWO_BLOCKS = dataclasses.replace(SMALL, num_layers=2)
     [
         fault.name
         for stage, entries in STAGES.items()
-        if stage not in {"gradients", "optimiser", "decoding", "masking"}
+        if stage not in {"gradients", "optimiser", "decoding", "guidance", "masking"}
         for fault in entries
     ],
 )
 def test_gradients_under_a_fault_are_the_derivatives_of_the_faulty_loss(name):
     model = TWO_BLOCKS if name.startswith("block-") else SMALL
+    if CATALOGUE[name] in OF_CLASSES:
+        model = dataclasses.replace(SMALL, num_classes=2)
+    labels = None if model.num_classes is None else [1, 2]
     rng = np.random.default_rng(3)
     params = strategies.random_params(model, rng, std=0.7)
     targets = rng.integers(model.vocab_size, size=(2, 3))
@@ -596,10 +622,10 @@ def test_gradients_under_a_fault_are_the_derivatives_of_the_faulty_loss(name):
     tokens = np.where(mask, 0, targets)
 
     def loss_of(moved):
-        return marref.mar_loss(model.forward(moved, tokens)[0], targets, mask)
+        return marref.mar_loss(model.forward(moved, tokens, labels=labels)[0], targets, mask)
 
     with CATALOGUE[name].applied():
-        value, grads = marref.loss_and_grads(model, params, tokens, targets, mask)
+        value, grads = marref.loss_and_grads(model, params, tokens, targets, mask, labels=labels)
         assert float(value) == pytest.approx(float(loss_of(params)), rel=1e-12)
         errors = marref.check_gradients(
             loss_of, params, grads, method="central", max_entries=3, rng=rng
@@ -748,7 +774,34 @@ def masking_of_the_specification():
         assert mask.sum(axis=1).tolist() == [count] * 3
 
 
+def classes_of_the_oracle():
+    model = dataclasses.replace(SMALL, num_classes=2)
+    params = strategies.random_params(model, np.random.default_rng(3), std=0.7)
+    tokens, labels = np.array([[0, 2, 3], [0, 1, 0]]), [1, 2]
+    options = {"num_heads": 2, "gelu": "erf", "positions": "concatenated", "epsilon": 1e-3}
+    expected = np.array(oracle.forward(oracle.exact(params), tokens, labels, **options), float)
+    assert_close({"logits": model(params, tokens, labels)}, {"logits": expected})
+
+
+def guidance_of_the_oracle():
+    rng = np.random.default_rng(0)
+    of_class, of_none = rng.normal(size=(2, 3, 5))
+    scale = np.array([0.0, 1.0, 3.0])
+    rows = zip(*map(oracle.exact, (of_class, of_none, scale)), strict=True)
+    expected = np.array([oracle.guided(*row) for row in rows], float)
+    found = marref.decoding.guide(of_class, of_none, scale)
+    assert_close({"logits": found}, {"logits": expected})
+    rule = decoding_rule(guidance_scale=3.0, guidance="linear")
+    for masked in (4, 5):
+        left = np.array(oracle.masked_after_steps(masked, 3, "cosine"))
+        expected = np.array(oracle.guidance_scales(masked, 5, 3, "cosine", 3), float)
+        found = marref.decoding.scale_at(1.0 - left / 5, rule)
+        assert_close({"scale": found}, {"scale": expected})
+
+
 WITNESSES = (
+    classes_of_the_oracle,
+    guidance_of_the_oracle,
     logits_of_pytorch,
     layer_norm_of_small_numbers,
     gradients_of_pytorch,

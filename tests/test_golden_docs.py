@@ -22,6 +22,12 @@ def vectors():
     return golden.make(golden.PRESETS["tiny"])
 
 
+@pytest.fixture(scope="module", params=[None, 3], ids=["tiny", "with classes"])
+def either(request):
+    """Vectors of a model without classes and of one with them."""
+    return golden.make(dataclasses.replace(golden.PRESETS["tiny"], num_classes=request.param))
+
+
 @pytest.fixture(scope="module")
 def reader(tmp_path_factory):
     """Runs the compiled reader on a file."""
@@ -173,14 +179,14 @@ def documented():
     return [re.compile(re.sub(r"<\w+>", r"[^/]+", name.replace(".", r"\."))) for name in names]
 
 
-def test_the_page_names_every_array(vectors):
+def test_the_page_names_every_array(either):
     patterns = documented()
-    for name in vectors[0]:
+    for name in either[0]:
         assert any(pattern.fullmatch(name) for pattern in patterns), name
 
 
-def test_the_page_names_every_activation_with_its_shape(vectors):
-    arrays, metadata = vectors
+def test_the_page_names_every_activation_with_its_shape(either):
+    arrays, metadata = either
     page = (DOCS / "golden-vectors.md").read_text("utf-8")
     rows = dict(re.findall(r"^\| `([\w.<>]+)` \| `\[([^`]*)\]` \|", page, re.MULTILINE))
     config = metadata["config"]
@@ -201,7 +207,7 @@ def test_the_page_names_every_activation_with_its_shape(vectors):
             assert array.shape == tuple(sizes[axis] for axis in rows[row].split(", ")), name
 
 
-def test_the_page_names_every_member_of_the_metadata_and_every_preset(vectors):
+def test_the_page_names_every_member_of_the_metadata_and_every_preset(either):
     patterns = documented()
-    for name in (*vectors[1], *golden.PRESETS):
+    for name in (*either[1], *golden.PRESETS):
         assert any(pattern.fullmatch(name) for pattern in patterns), name

@@ -336,7 +336,9 @@ def test_self_check_passes_and_covers_every_parameter():
     rows = list(run())
     assert all(row.passed for row in rows)
     assert [row.name for row in rows if row.part == "attend"] == ["query", "key", "value"]
-    model = marref.build(vocab_size=7, embed_dim=8, num_layers=2, num_heads=2, seq_len=5)
+    model = marref.build(
+        vocab_size=7, embed_dim=8, num_layers=2, num_heads=2, seq_len=5, num_classes=3
+    )
     checked = {row.name for row in rows if row.part == "model"}
     assert checked == set(model.parameter_shapes)
 

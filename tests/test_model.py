@@ -151,6 +151,7 @@ def test_defaults_are_those_of_the_specification():
         "layer_norm_epsilon": 1e-5,
         "gelu": "erf",
         "positions": "concatenated",
+        "num_classes": None,
     }
 
 

@@ -33,9 +33,12 @@ class TorchMAR(nn.Module):
         layer_norm_epsilon: float,
         gelu: str,
         positions: str,
+        num_classes: int | None = None,
     ):
         super().__init__()
         self.embedding = nn.Embedding(vocab_size, embed_dim)
+        if num_classes is not None:
+            self.class_embedding = nn.Embedding(num_classes + 1, embed_dim)
         self.register_buffer("positions", sinusoidal_table(seq_len, embed_dim, positions))
         self.blocks = nn.ModuleList(
             nn.TransformerEncoderLayer(
@@ -54,19 +57,25 @@ class TorchMAR(nn.Module):
         self.head = nn.Linear(embed_dim, vocab_size)
         self.double()
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Tokens [batch, length] -> logits [batch, length, vocab_size]."""
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        """Tokens [batch, length], labels [batch] -> logits [batch, length, vocab_size]."""
         x = self.embedding(tokens) + self.positions[: tokens.shape[1]]
+        if labels is not None:
+            x = x + self.class_embedding(labels).unsqueeze(1)
         for block in self.blocks:
             x = block(x)
         return self.head(self.final_norm(x))
 
     def loss_and_logits(
-        self, tokens: np.ndarray, targets: np.ndarray, mask: np.ndarray
+        self,
+        tokens: np.ndarray,
+        targets: np.ndarray,
+        mask: np.ndarray,
+        labels: np.ndarray | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Mean cross-entropy over the masked positions, of which there must be one or more."""
         tokens, targets, mask = (torch.from_numpy(array) for array in (tokens, targets, mask))
-        logits = self(tokens)
+        logits = self(tokens, None if labels is None else torch.from_numpy(labels))
         return F.cross_entropy(logits[mask], targets[mask]), logits
 
     def views(
@@ -81,6 +90,8 @@ class TorchMAR(nn.Module):
             return {f"{name}.kernel": select(module.weight).T, f"{name}.bias": select(module.bias)}
 
         views = {"embedding.table": select(self.embedding.weight)}
+        if hasattr(self, "class_embedding"):
+            views["class_embedding.table"] = select(self.class_embedding.weight)
         for index, block in enumerate(self.blocks):
             prefix, attention = f"blocks.{index}", block.self_attn
             views |= norm(f"{prefix}.attention_norm", block.norm1)

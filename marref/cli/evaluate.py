@@ -36,15 +36,15 @@ def add(commands: Any) -> None:
 
 def _run(parsed: argparse.Namespace) -> int:
     checkpoint = runs.best(parsed.run_folder)
-    tokens = _tokens(parsed, checkpoint.config)
     config = checkpoint.config
+    tokens, labels = _sequences(parsed, config)
     predict = functools.partial(
         fast.logits,
-        config.model(checkpoint.vocab_size),
+        checkpoint.model,
         checkpoint.state.averaged,
         num_threads=config.num_threads,
     )
-    measure = {"batch_size": config.batch_size}
+    measure: dict[str, Any] = {"batch_size": config.batch_size, "labels": labels}
     what = "given" if parsed.data else "held-out"
     print(
         f"{len(tokens):,} {what} sequences of {tokens.shape[1]} tokens, checkpoint of step "
@@ -60,8 +60,8 @@ def _run(parsed: argparse.Namespace) -> int:
     return 0
 
 
-def _tokens(parsed: argparse.Namespace, config: runs.Config) -> Array:
-    """Read sequences that do not overlap, evenly spread over the data."""
+def _sequences(parsed: argparse.Namespace, config: runs.Config) -> tuple[Array, Array | None]:
+    """Read sequences that do not overlap, evenly spread over the data, and their labels."""
     dataset: data.Dataset = runs.read_dataset(parsed.run_folder, parsed.data)
     if not parsed.data:
         if not config.validation_fraction:
@@ -70,4 +70,5 @@ def _tokens(parsed: argparse.Namespace, config: runs.Config) -> Array:
     apart = len(dataset)
     if dataset.is_stream:
         apart = dataset.tokens.size // dataset.length
-    return runs.spread(dataset, min(apart, parsed.num))
+    index = runs.spread_index(dataset, min(apart, parsed.num))
+    return dataset.rows(index), dataset.labels_at(index)

@@ -8,7 +8,7 @@ import numpy as np
 
 import marref
 from marref import chance, checks, data, files
-from marref.cli import arguments, drawing, prompts
+from marref.cli import arguments, classes, drawing, prompts
 from marref.cli.pictures import shown
 from marref.data.codecs import Bytes, Characters, Codec, Pixels, Tokenizer
 from marref.decoding import ORDERS
@@ -27,6 +27,7 @@ _EXAMPLES = arguments.examples(
     'marref sample run --prompt "The quick ________ fox" --show-steps',
     "marref sample run --num 64 --out samples.png --gif unmasking.gif",
     "marref sample run --prompt picture-with-a-hole.png --num 16 --out filled.png",
+    "marref sample run --class 7 --guidance-scale 2",
 )
 
 
@@ -73,6 +74,7 @@ def add(commands: Any) -> None:
         help="print every step, blanks as _; with --out FILE.png draw them, a row a step",
     )
     sample.add_argument("--gif", type=Path, metavar="FILE", help="show pictures being unmasked")
+    classes.add_arguments(sample)
     sample.set_defaults(run=_run)
 
 
@@ -86,20 +88,28 @@ def _run(parsed: argparse.Namespace) -> int:
         )
     _check_out(parsed.out, codec)
     _check_gif(parsed.gif, codec)
-    length = runs.read_settings(parsed.run_folder)["data"]["length"]
+    settings = runs.read_settings(parsed.run_folder)
+    length = settings["data"]["length"]
+    labels = classes.drawn(parsed, runs.classes_of(settings))
     start = np.zeros(length, np.int64)
     if parsed.prompt is not None:
         start = prompts.read(parsed.prompt, codec, length)
     drawn = []
     for index in range(parsed.num):
-        stages = _sample(checkpoint, start, index, parsed)
+        stages = _sample(checkpoint, start, labels[index], index, parsed)
         _say(stages, index, codec, parsed)
         drawn.append(stages if parsed.gif or _draws_steps(parsed) else stages[-1:])
     _write(np.stack(drawn, axis=1), codec, parsed)
     return 0
 
 
-def _sample(checkpoint: Checkpoint, start: Array, index: int, parsed: argparse.Namespace) -> Array:
+def _sample(
+    checkpoint: Checkpoint,
+    start: Array,
+    label: int | None,
+    index: int,
+    parsed: argparse.Namespace,
+) -> Array:
     """Generate one sequence, which depends on its number and not on how many there are.
 
     Returns
@@ -112,7 +122,7 @@ def _sample(checkpoint: Checkpoint, start: Array, index: int, parsed: argparse.N
     if noise is None:
         noise = _CHOICE_TEMPERATURE if order == "confidence" else 0.0
     _, steps = marref.iterative_decode(
-        checkpoint.config.model(checkpoint.vocab_size),
+        checkpoint.model,
         checkpoint.state.averaged,
         tokens=start[np.newaxis],
         num_steps=parsed.steps or int((start == 0).sum()),
@@ -122,6 +132,9 @@ def _sample(checkpoint: Checkpoint, start: Array, index: int, parsed: argparse.N
         choice_temperature=noise,
         order=order,
         schedule=parsed.schedule,
+        labels=None if label is None else [label],
+        guidance_scale=parsed.guidance_scale,
+        guidance=parsed.guidance,
         rng=chance.generator(parsed.seed, "sample", index),
         return_steps=True,
     )

@@ -32,6 +32,7 @@ _HELP = {
     "weight_decay": "of AdamW",
     "decay": "what decays: matrices or all",
     "max_norm": "to which gradients are clipped",
+    "label_drop": "share of the labels that are dropped, to train without a class too",
     "label_smoothing": "share of the uniform distribution in the targets",
     "average_decay": "of the average of the parameters; 0: none",
     "mask_schedule": "how mask ratios are drawn",
@@ -44,10 +45,11 @@ _HELP = {
     "validation_fraction": "of the data, set aside; 0: no validation",
     "num_threads": "threads that share the work",
 }
-_OF_DATA = ("kind", "length", "num_ids", "tokenizer", "levels", "colour")
+_OF_DATA = ("kind", "length", "num_ids", "tokenizer", "levels", "colour", "labels")
 _EXAMPLES = arguments.examples(
     "marref train book.txt --out run",
     "marref train book.txt --out run --num-steps 500 --embed-dim 64 --length 64",
+    "marref train digits --out run",
     "marref train pictures --out run --levels 8 --config options.toml",
     "marref train --out run --resume",
 )
@@ -75,6 +77,10 @@ def add(commands: Any) -> None:
     source.add_argument("--tokenizer", metavar="FILE.json", help="of the tokenizers package")
     source.add_argument("--levels", type=arguments.integer, help="of a channel of images")
     source.add_argument("--colour", action="store_true", default=None, help="read images in colour")
+    source.add_argument("--labels", metavar="FILE", help="the class of every sequence, one a line")
+    source.add_argument(
+        "--no-labels", action="store_true", default=None, help="train without the data's classes"
+    )
     options = train.add_argument_group("training, see docs/training.md")
     for field in dataclasses.fields(Config):
         default = "follows from the others" if field.default is None else field.default
@@ -119,6 +125,10 @@ def _start(parsed: argparse.Namespace) -> runs.Run:
     given = {name: getattr(parsed, name) for name in _OF_DATA}
     config = Config.from_dict(_options(parsed))
     dataset = data.load(parsed.data if len(parsed.data) > 1 else parsed.data[0], **given)
+    if parsed.no_labels:
+        if parsed.labels is not None:
+            raise ValueError("--no-labels: received with --labels, expected one of them")
+        dataset = dataset.without_labels()
     config = config.resolved(dataset)
     _say_what(dataset, config, parsed.out)
     return runs.start(
@@ -126,12 +136,18 @@ def _start(parsed: argparse.Namespace) -> runs.Run:
         parsed.out,
         config,
         source=[_absolute(path) for path in parsed.data],
+        labels=None if parsed.labels is None else _absolute(parsed.labels),
         on_step=_Progress(config.num_steps),
     )
 
 
 def _resume(parsed: argparse.Namespace) -> runs.Run:
-    names = [*_OF_DATA, *(field.name for field in dataclasses.fields(Config)), "config"]
+    names = [
+        *_OF_DATA,
+        "no_labels",
+        *(field.name for field in dataclasses.fields(Config)),
+        "config",
+    ]
     for name in names:
         if getattr(parsed, name) is not None:
             raise ValueError(
@@ -163,7 +179,7 @@ def _absolute(path: str) -> str:
 
 
 def _say_what(dataset: data.Dataset, config: Config, out: Path) -> None:
-    model = config.model(dataset.vocab_size)
+    model = config.model(dataset.vocab_size, dataset.num_classes)
     count = config.batch_size * config.accumulate
     print(
         f"Training {models.num_parameters(model):,} parameters (width {config.embed_dim}, "
@@ -172,10 +188,14 @@ def _say_what(dataset: data.Dataset, config: Config, out: Path) -> None:
     what = "windows" if dataset.is_stream else "sequences"
     print(
         f"Data: {dataset.tokens.size:,} tokens of {dataset.codec.num_ids:,} kinds, "
-        f"{len(dataset):,} {what} of {dataset.length}; "
+        f"{len(dataset):,} {what} of {dataset.length}{_of_classes(dataset)}; "
         f"{config.validation_fraction:.0%} set aside for validation.",
         flush=True,
     )
+
+
+def _of_classes(dataset: data.Dataset) -> str:
+    return "" if dataset.num_classes is None else f" in {dataset.num_classes:,} classes"
 
 
 def _say_how_to_go_on(out: Path, why: str) -> None:

@@ -14,6 +14,7 @@ from marref.data.codecs import (
     codec_from_dict,
 )
 from marref.data.dataset import Dataset
+from marref.data.labelling import Classes
 from marref.data.loading import load
 from marref.data.shipped import DIGITS_SHAPE, DIGITS_VOCAB_SIZE, digit_labels, digits
 
@@ -22,6 +23,7 @@ __all__ = [
     "DIGITS_VOCAB_SIZE",
     "Bytes",
     "Characters",
+    "Classes",
     "Codec",
     "Dataset",
     "Ids",

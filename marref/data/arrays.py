@@ -15,6 +15,7 @@ import numpy as np
 
 from marref.data import labelling
 from marref.data.codecs import MAX_NUM_IDS, first_line
+from marref.data.labelling import Labels
 from marref.trees import Array
 
 # What the arrays of an .npz may claim, 1 GiB: deflate makes up to 1032 bytes of one, so that a
@@ -29,7 +30,7 @@ _HEADERS = {
 _PIECE = 2**18  # ids that are looked at at a time: 2 MiB of int64
 
 
-def read(path: Path) -> tuple[Array, Array | None]:
+def read(path: Path) -> tuple[Array, Labels | None]:
     """Open the ids of a file, and its labels if it is an ``.npz`` that has them.
 
     Parameters
@@ -41,7 +42,7 @@ def read(path: Path) -> tuple[Array, Array | None]:
     -------
     ids : integer array [n, length] or [total]
         Not looked at yet.
-    labels : int64 array [n], or None
+    labels : Labels, or None
 
     Raises
     ------
@@ -95,7 +96,7 @@ def _mapped(path: Path) -> Array:
     return np.memmap(path, dtype, "r", start, shape, order)
 
 
-def _archived(path: Path) -> tuple[Array, Array | None]:
+def _archived(path: Path) -> tuple[Array, Labels | None]:
     try:
         with zipfile.ZipFile(path) as archive:
             return _members(path, archive)
@@ -103,7 +104,7 @@ def _archived(path: Path) -> tuple[Array, Array | None]:
         raise ValueError(f"{path}: cannot be read as .npz ({first_line(error)})") from error
 
 
-def _members(path: Path, archive: zipfile.ZipFile) -> tuple[Array, Array | None]:
+def _members(path: Path, archive: zipfile.ZipFile) -> tuple[Array, Labels | None]:
     infos = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
     others = [name for name in infos if name != "labels"]
     name = "tokens" if "tokens" in infos or len(others) != 1 else others[0]

@@ -7,6 +7,7 @@ import numpy.typing as npt
 
 from marref import chance, checks
 from marref.data.codecs import Codec
+from marref.data.labelling import Classes
 from marref.trees import Array
 
 
@@ -28,6 +29,8 @@ class Dataset:
         every offset, and needs two at least.
     labels : int64 array, optional
         The class of every sequence, from 0 on; not of a stream.
+    class_names : tuple of str, optional
+        Of the classes, by number, where they have names.
     selection : int64 array, optional
         Which rows of ``tokens`` are the sequences; all of them without it.  What `split` returns
         shares its tokens.
@@ -42,6 +45,7 @@ class Dataset:
     codec: Codec
     length: int
     labels: Array | None = None
+    class_names: tuple[str, ...] | None = None
     selection: Array | None = None
 
     def __post_init__(self) -> None:
@@ -64,6 +68,13 @@ class Dataset:
             )
         if self.labels is not None:
             checks.shape("labels", self.labels, (len(self),))
+        if self.class_names is not None and (
+            self.labels is None or self.labels.max() >= len(self.class_names)
+        ):
+            raise ValueError(
+                f"class_names: received {len(self.class_names)}, expected labels, "
+                "and a name for each of them"
+            )
 
     @property
     def is_stream(self) -> bool:
@@ -74,6 +85,50 @@ class Dataset:
     def vocab_size(self) -> int:
         """Ids of a model's tokens: [MASK] and the raw ids."""
         return self.codec.num_ids + 1
+
+    @property
+    def num_classes(self) -> int | None:
+        """Classes: as many as names, or up to the largest label; ``None`` without labels."""
+        if self.labels is None:
+            return None
+        return len(self.class_names) if self.class_names else int(self.labels.max()) + 1
+
+    def without_labels(self) -> "Dataset":
+        """Return the same sequences without classes."""
+        return dataclasses.replace(self, labels=None, class_names=None)
+
+    def with_classes(self, classes: Classes) -> "Dataset":
+        """Give the classes the numbers that they have in other data, by their names.
+
+        Parameters
+        ----------
+        classes : Classes
+            Of the other data, those that a model was trained on.
+
+        Returns
+        -------
+        Dataset
+            Without labels, if this has none.
+
+        Raises
+        ------
+        ValueError
+            A class is unknown there.
+        """
+        if self.labels is None:
+            return self
+        found = np.unique(self.labels)
+        names = found if self.class_names is None else np.array(self.class_names)[found]
+        try:
+            numbers = [classes.number(str(name)) for name in names]
+        except ValueError as error:
+            raise ValueError(f"labels: {error}") from error
+        labels = np.array(numbers)[np.searchsorted(found, self.labels)]
+        return dataclasses.replace(self, labels=labels, class_names=classes.names)
+
+    def labels_at(self, index: Array) -> Array | None:
+        """Return the labels of sequences; ``None`` where there are none."""
+        return None if self.labels is None else self.labels[index]
 
     def __len__(self) -> int:
         """Count the sequences, or the windows of a stream."""
@@ -128,9 +183,13 @@ class Dataset:
         int64 array [count, length]
             As `rows` returns them.
         """
+        return self.rows(self.draw_index(rng, count))
+
+    def draw_index(self, rng: np.random.Generator, count: int) -> npt.NDArray[np.int64]:
+        """Draw which sequences `draw` reads: integers [count] in [0, len(self))."""
         checks.generator("rng", rng)
         checks.integer("count", count, 1)
-        return self.rows(rng.integers(len(self), size=count))
+        return rng.integers(len(self), size=count)
 
     def split(self, fraction: float, seed: int) -> "tuple[Dataset, Dataset]":
         """Hold out a part for validation.

@@ -21,7 +21,7 @@ _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
 
 def read(
     folder: Path, codec: Pixels | None, levels: int, colour: bool
-) -> tuple[Array, Pixels, npt.NDArray[np.int64] | None]:
+) -> tuple[Array, Pixels, labelling.Labels | None]:
     """Read every PNG and JPEG in a folder and its sub-folders, in order of path.
 
     Parameters
@@ -37,7 +37,7 @@ def read(
     -------
     ids : uint8 array [n, codec.length]
     codec : Pixels
-    labels : int64 array [n], or None
+    labels : Labels, or None
         The classes that sub-folders of ``folder`` stand for, if there are any.
 
     Raises
@@ -116,7 +116,7 @@ def _found(folder: Path) -> list[Path]:
     return sorted(paths, key=lambda path: path.relative_to(folder).parts)
 
 
-def _labels(folder: Path, paths: list[Path]) -> npt.NDArray[np.int64] | None:
+def _labels(folder: Path, paths: list[Path]) -> labelling.Labels | None:
     parts = [path.relative_to(folder).parts for path in paths]
     if all(len(part) == 1 for part in parts):
         return None

@@ -97,19 +97,20 @@ def load(
     if length is None:
         length = _default_length(tokens)
     try:
-        return Dataset(tokens, codec, length, classes)
+        return Dataset(tokens, codec, length, *(classes or ()))
     except (TypeError, ValueError) as error:
         raise ValueError(f"{paths[0]}: {error}") from error
 
 
-_Read: TypeAlias = tuple[Array, Codec, Array | None]
+_Read: TypeAlias = tuple[Array, Codec, labelling.Labels | None]
 
 
 def _digits(codec: Codec | None) -> _Read:
     digits = shipped.dataset()
     if codec not in (None, digits.codec):
         raise ValueError(f"codec: received {codec}, expected {digits.codec}, the digits'")
-    return digits.tokens, digits.codec, digits.labels
+    assert digits.labels is not None
+    return digits.tokens, digits.codec, labelling.Labels(digits.labels)
 
 
 def _pixels(

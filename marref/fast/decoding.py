@@ -6,7 +6,7 @@ out; from nothing, where all sequences are the same, the first step is computed 
 """
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -38,6 +38,9 @@ def iterative_decode(
     exclude_mask_token: bool = True,
     top_k: int | None = None,
     top_p: float | None = None,
+    labels: npt.ArrayLike | None = None,
+    guidance_scale: float = 1.0,
+    guidance: str = "constant",
     return_steps: bool = False,
     num_threads: int | None = None,
 ) -> npt.NDArray[np.int64] | Any:
@@ -53,7 +56,7 @@ def iterative_decode(
         positions.  By default as many as pay, see docs/performance.md.  The same number gives the
         same bits, another one the same result up to rounding.
     """
-    tokens = decoding.start(model, seq_len, vocab_size, batch_size, mask_token_id, tokens)
+    tokens = decoding.start(model, seq_len, vocab_size, batch_size, mask_token_id, tokens, labels)
     decoding.check_params(model, params, tokens)
     rule = decoding.Rule(
         num_steps=num_steps,
@@ -65,14 +68,17 @@ def iterative_decode(
         exclude_mask_token=exclude_mask_token,
         top_k=top_k,
         top_p=top_p,
+        guidance_scale=guidance_scale,
+        guidance=guidance,
     )
+    labels = rule.check_labels(model, labels, len(tokens))
     num_threads = parallel.choose(
         num_threads, tokens.size * model.embed_dim, parallel.FEATURES_WORTH_A_THREAD
     )
     memory.keep_by_default()
     with parallel.threads(num_threads) as run:
         work = prepare(run, model, params, tokens.shape[1])
-        predict_at = functools.partial(_predict_at, run, work, rule)
+        predict_at = functools.partial(_predict_at, run, work, rule, labels)
         tokens, steps = decoding.decode(predict_at, tokens, rule, rng, work.table.dtype)
     return (tokens, steps) if return_steps else tokens
 
@@ -81,22 +87,30 @@ def _predict_at(
     run: parallel.Run,
     work: Work,
     rule: decoding.Rule,
+    labels: Array | None,
     tokens: Array,
     masked: Array,
     uniforms: Array | None,
+    scale: Array,
 ) -> tuple[Array, Array]:
     """Predict the masked positions: what `marref.decoding.decode` asks for in every step."""
     batch = len(tokens)
-    from_nothing = bool(masked.all())
+    from_nothing = bool(masked.all()) and (labels is None or bool((labels == labels[0]).all()))
     todo = slice(1) if from_nothing else masked.any(axis=1)
     if uniforms is not None:
         uniforms = uniforms.reshape(batch if from_nothing else 1, -1)
-    members = split_up(run, work, tokens[todo], masked[todo])
+    split = functools.partial(split_up, run, work, tokens[todo], wanted=masked[todo])
+    members = split(labels=None if labels is None else labels[todo])
+    ends = np.cumsum([np.count_nonzero(member.rows.wanted) for member in members])[:-1]
     parts: list[Array | None] = [None] * len(members)
     if uniforms is not None:
-        ends = np.cumsum([np.count_nonzero(member.rows.wanted) for member in members])
-        parts = list(np.split(uniforms, ends[:-1], axis=1))
-    results = run(functools.partial(_of_member, work, rule), members, parts)
+        parts = list(np.split(uniforms, ends, axis=1))
+    guides: list[_Guide | None] = [None] * len(members)
+    if labels is not None and rule.guides:
+        without = split(labels=np.full(len(tokens[todo]), work.model.num_classes))
+        scales = np.split(np.repeat(scale[todo], masked[todo].sum(axis=1)), ends)
+        guides = list(map(_Guide, without, scales))
+    results = run(functools.partial(_of_member, work, rule), members, parts, guides)
     predicted, log_confidence = (
         np.concatenate(arrays, axis=1).ravel() for arrays in zip(*results, strict=True)
     )
@@ -105,19 +119,50 @@ def _predict_at(
     return predicted, log_confidence
 
 
+class _Guide(NamedTuple):
+    """A member with the same positions and no class, and the guidance scale of each of them."""
+
+    member: Member
+    scale: Array
+
+
 def _of_member(
-    work: Work, rule: decoding.Rule, member: Member, uniforms: Array | None
+    work: Work,
+    rule: decoding.Rule,
+    member: Member,
+    uniforms: Array | None,
+    guide: _Guide | None,
 ) -> tuple[Array, Array]:
     """Predict a member's part of the masked positions; see `_predict` for what is returned."""
 
     def use(logits: Array, part: slice) -> tuple[Array, Array]:
         return _predict(logits, rule, None if uniforms is None else uniforms[:, part])
 
-    x = encode(work, member)
-    if x is None:
+    normal = _guided(work, member, guide)
+    if normal is None:
         return np.empty((1, 0)), np.empty((1, 0))
-    predicted, log_confidence = zip(*head(work, x, use), strict=True)
+    predicted, log_confidence = zip(*head(work, normal, use), strict=True)
     return np.concatenate(predicted, axis=1), np.concatenate(log_confidence, axis=1)
+
+
+def _guided(work: Work, member: Member, guide: _Guide | None) -> Array | None:
+    """Do as `encode`, and guide before the head instead of behind it.
+
+    The head is x W + b, and u + s (c - u) the sum of c and u with weights that add up to 1.  So the
+    logits that are guided are those of what is guided.
+    """
+    if guide is None:
+        return encode(work, member)
+    try:
+        normal = encode(work, member)
+    except BaseException:
+        # Others may be waiting there already.
+        guide.member.team.give_up()
+        raise
+    without = None if normal is None else encode(work, guide.member)
+    if normal is None or without is None:
+        return None
+    return decoding.guide(normal, without, guide.scale)
 
 
 def _predict(logits: Array, rule: decoding.Rule, uniforms: Array | None) -> tuple[Array, Array]:

@@ -23,17 +23,24 @@ from marref.trees import Array, Tree
 
 
 def logits(
-    model: MAR, params: Tree, tokens: npt.ArrayLike, *, num_threads: int | None = None
+    model: MAR,
+    params: Tree,
+    tokens: npt.ArrayLike,
+    labels: npt.ArrayLike | None = None,
+    *,
+    num_threads: int | None = None,
 ) -> Array:
     """Compute the logits of all positions, without dropout.
 
-    Equal to ``model(params, tokens)``, its definition, up to rounding.
+    Equal to ``model(params, tokens, labels)``, its definition, up to rounding.
 
     Parameters
     ----------
     model : MAR
     params : dict
     tokens : integer array [batch, length]
+    labels : integer array [batch], optional
+        See `MAR.forward`.
     num_threads : int, optional
         As in `marref.iterative_decode`.
 
@@ -48,25 +55,30 @@ def logits(
     """
     check_model(model)
     tokens = model.check_inputs(params, tokens)
+    labels = model.check_labels(labels, len(tokens))
     num_threads = parallel.choose(
         num_threads, tokens.size * model.embed_dim, parallel.FEATURES_WORTH_A_THREAD
     )
     dtype = params["head"]["bias"].dtype
     if dtype.kind == "c":
-        return model(params, tokens)
+        return model(params, tokens, labels)
     memory.keep_by_default()
     with parallel.threads(num_threads) as run:
         work = prepare(run, model, params, tokens.shape[1])
-        members = split_up(run, work, tokens, np.ones(tokens.shape, bool))
+        members = split_up(run, work, tokens, labels, np.ones(tokens.shape, bool))
         parts = run(functools.partial(_logits_of_member, work), members)
     return np.concatenate(parts).reshape(*tokens.shape, model.vocab_size)
 
 
 class Work(NamedTuple):
-    """The model ready to be run; ``head`` is kernel and bias behind the final norm."""
+    """The model ready to be run; ``head`` is kernel and bias behind the final norm.
+
+    ``class_table`` is ``None`` where the model has no classes.
+    """
 
     model: MAR
     table: Array
+    class_table: Array | None
     positions: Array
     blocks: list[Packed]
     head: tuple[Array, Array]
@@ -78,7 +90,9 @@ def prepare(run: parallel.Run, model: MAR, params: Tree, length: int) -> Work:
     positions = sinusoidal_table(length, model.embed_dim, model.positions)
     of_block = functools.partial(pack, num_heads=model.num_heads, centre=True)
     head = after_norm(params["final_norm"], params["head"], 1.0)
-    return Work(model, table, positions.astype(table.dtype), run(of_block, params["blocks"]), head)
+    class_table = params["class_embedding"]["table"] if model.num_classes is not None else None
+    blocks = run(of_block, params["blocks"])
+    return Work(model, table, class_table, positions.astype(table.dtype), blocks, head)
 
 
 class _Team:
@@ -88,11 +102,15 @@ class _Team:
     ----------
     work : Work
     tokens, wanted : arrays [batch, length]
+    labels : array [batch] or None
     num_members : int
     """
 
-    def __init__(self, work: Work, tokens: Array, wanted: Array, num_members: int) -> None:
-        self.tokens, self.rows, self.num_members = tokens, rows_of(wanted), num_members
+    def __init__(
+        self, work: Work, tokens: Array, labels: Array | None, wanted: Array, num_members: int
+    ) -> None:
+        self.tokens, self.labels = tokens, labels
+        self.rows, self.num_members = rows_of(wanted), num_members
         if num_members > 1:
             shape = len(work.blocks), *tokens.shape, 3 * work.model.embed_dim
             self._shown = np.empty(shape, work.table.dtype)
@@ -130,7 +148,9 @@ class Member:
         self.rows = Rows(team.rows.rectangle[:, columns], team.rows.wanted[:, columns])
 
 
-def split_up(run: parallel.Run, work: Work, tokens: Array, wanted: Array) -> list[Member]:
+def split_up(
+    run: parallel.Run, work: Work, tokens: Array, labels: Array | None, wanted: Array
+) -> list[Member]:
     """Share sequences among threads or, if there are fewer, the positions of each.
 
     Parameters
@@ -138,6 +158,8 @@ def split_up(run: parallel.Run, work: Work, tokens: Array, wanted: Array) -> lis
     run : Run
     work : Work
     tokens : integer array [batch, length]
+    labels : integer array [batch] or None
+        ``None`` where the model has no classes.
     wanted : bool array [batch, length]
 
     Returns
@@ -147,21 +169,26 @@ def split_up(run: parallel.Run, work: Work, tokens: Array, wanted: Array) -> lis
     """
     sequences = parallel.split(len(tokens), run.num_threads)
     num_members = min(run.num_threads // len(sequences), tokens.shape[1])
-    teams = [_Team(work, tokens[part], wanted[part], num_members) for part in sequences]
+    teams = [
+        _Team(
+            work, tokens[part], None if labels is None else labels[part], wanted[part], num_members
+        )
+        for part in sequences
+    ]
     return [Member(team, number) for team in teams for number in range(num_members)]
 
 
 def encode(work: Work, member: Member) -> Array | None:
-    """Run everything below the head.
+    """Run everything below the head, the final norm without scale and bias included.
 
     Returns
     -------
     array [wanted positions, embed_dim], or None
-        The residual stream at the member's wanted positions; ``None`` where another member failed,
-        whose error is the one to be seen.
+        Of the member's wanted positions; ``None`` where another member failed, whose error is the
+        one to be seen.
     """
     try:
-        return _encode(work, member)
+        return normalise(_encode(work, member), work.model.layer_norm_epsilon)[0]
     except threading.BrokenBarrierError:
         return None
     except BaseException:
@@ -169,13 +196,14 @@ def encode(work: Work, member: Member) -> Array | None:
         raise
 
 
-def head(work: Work, x: Array, use: Callable[[Array, slice], Any]) -> list[Any]:
+def head(work: Work, normal: Array, use: Callable[[Array, slice], Any]) -> list[Any]:
     """Run the head, at a few positions at a time: logits are large.
 
     Parameters
     ----------
     work : Work
-    x : array [positions, embed_dim]
+    normal : array [positions, embed_dim]
+        From `encode`.
     use : callable
         Takes the logits of some positions, and which.
 
@@ -185,16 +213,16 @@ def head(work: Work, x: Array, use: Callable[[Array, slice], Any]) -> list[Any]:
         What ``use`` returned.
     """
     kernel, bias = work.head
-    normal, _ = normalise(x, work.model.layer_norm_epsilon)
-    parts = parallel.split(len(x), math.ceil(len(x) * len(bias) / kernels.LOGITS_AT_ONCE))
+    num_parts = math.ceil(len(normal) * len(bias) / kernels.LOGITS_AT_ONCE)
+    parts = parallel.split(len(normal), num_parts)
     return [use(linear(normal[part], kernel, bias), part) for part in parts]
 
 
 def _logits_of_member(work: Work, member: Member) -> Array:
-    x = encode(work, member)
-    if x is None:
+    normal = encode(work, member)
+    if normal is None:
         return np.empty((0, work.model.vocab_size))
-    return np.concatenate(head(work, x, lambda logits, _: logits))
+    return np.concatenate(head(work, normal, lambda logits, _: logits))
 
 
 def _encode(work: Work, member: Member) -> Array:
@@ -204,6 +232,8 @@ def _encode(work: Work, member: Member) -> Array:
     batch = len(team.tokens)
     x = work.table[team.tokens[:, positions]]
     x += work.positions[positions]
+    if work.class_table is not None:
+        x += work.class_table[team.labels][:, np.newaxis]
     x = remove_mean(x.reshape(-1, features))
     *others, last = work.blocks
     for layer, packed in enumerate(others):

@@ -25,7 +25,7 @@ from marref.fast.kernels import (
 )
 from marref.fast.packed import Packed, pack, unpack_gradients
 from marref.fast.pieces import pieces
-from marref.layers import embedding
+from marref.layers import class_embedding, embedding
 from marref.model import MAR, check_model
 from marref.trees import Array, Tree
 
@@ -42,6 +42,7 @@ def loss_and_grads(
     rng: np.random.Generator | None = None,
     *,
     label_smoothing: float = 0.0,
+    labels: npt.ArrayLike | None = None,
     num_threads: int | None = None,
 ) -> tuple[np.inexact, Tree]:
     """Run the model and the loss forward, and both backward.
@@ -62,6 +63,8 @@ def loss_and_grads(
         Given: dropout is on.
     label_smoothing : float
         ε in [0, 1) of the loss (1 - ε) L + ε U; see `marref.loss.uniform`.
+    labels : integer array [batch], optional
+        See `MAR.forward`.
     num_threads : int, optional
         How many threads share the batch; by default as many as pay and there are cores, see
         docs/performance.md.  The same number gives the same bits, another one the same result up
@@ -84,6 +87,7 @@ def loss_and_grads(
     targets = checks.token_ids("targets", targets, model.vocab_size)
     checks.shape("targets", targets, tokens.shape)
     mask = checks.binary_mask("mask", mask, tokens.shape)
+    labels = model.check_labels(labels, len(tokens))
     if rng is not None:
         checks.generator("rng", rng)
     label_smoothing = checks.real("label_smoothing", label_smoothing, "[0, 1)")
@@ -92,7 +96,14 @@ def loss_and_grads(
     )
     if params["head"]["bias"].dtype.kind == "c":
         return definition.loss_and_grads(
-            model, params, tokens, targets, mask, rng, label_smoothing=label_smoothing
+            model,
+            params,
+            tokens,
+            targets,
+            mask,
+            rng,
+            label_smoothing=label_smoothing,
+            labels=labels,
         )
 
     memory.keep_by_default()
@@ -108,13 +119,18 @@ def loss_and_grads(
         packs = [functools.partial(of_block, block_params) for block_params in params["blocks"]]
         keep, *blocks = run(operator.call, [draw, *packs])
         of_loss = max(int(mask.sum()), 1), label_smoothing
-        work = _Work(model, params, blocks, tokens, targets, mask, keep, *of_loss)
+        work = _Work(model, params, blocks, tokens, labels, targets, mask, keep, *of_loss)
         value, dx, sums = _sum_of_slices(run, work, slices)
         unpack = functools.partial(unpack_gradients, num_heads=num_heads, centre=centre)
         block_grads = run(unpack, params["blocks"], [Packed(**packed) for packed in sums["blocks"]])
     table = _table_gradient(params["embedding"]["table"], tokens, dx)
-    head = {name: sums[name] for name in ("final_norm", "head")}
-    return value, {"embedding": {"table": table}, "blocks": block_grads, **head}
+    grads = {"embedding": {"table": table}, "blocks": block_grads}
+    grads |= {name: sums[name] for name in ("final_norm", "head")}
+    if labels is not None:
+        _, grads["class_embedding"] = class_embedding.backward(
+            params["class_embedding"], dx, {"labels": labels}
+        )
+    return value, grads
 
 
 class _Work(NamedTuple):
@@ -124,6 +140,7 @@ class _Work(NamedTuple):
     params: Tree
     blocks: list[Packed]
     tokens: Array
+    labels: Array | None
     targets: Array
     mask: Array
     keep: Tree
@@ -158,6 +175,8 @@ def _of_slice(work: _Work, dx: Array, where: slice) -> tuple[np.inexact, Tree]:
     keep_weights = model.num_heads * work.tokens.shape[1] < 16 * model.embed_dim
     batch, features = where.stop - where.start, model.embed_dim
     x, _ = embedding.forward(work.params["embedding"], work.tokens[where], model.positions)
+    if work.labels is not None:
+        x, _ = class_embedding.forward(work.params["class_embedding"], x, work.labels[where])
     x = x.reshape(-1, features)
     embedding_drop = _drop(work, work.keep["embedding"], where, None)
     if embedding_drop is not None:

@@ -5,6 +5,7 @@ layers are counted from 1.  Source: lib/edifice/generative/mar.ex of Edifice, an
 
 Edifice computes its token embedding from a formula and so has no ``token_embed`` in its state:
 add it with `fixed_embedding`, or give the model an ``Axon.embedding`` of that name to learn it.
+It has no classes either: ``class_embed`` is the name of an ``Axon.embedding`` for them.
 """
 
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ _NAMES = {
     "final_norm.beta": "final_norm.bias",
     "lm_head.kernel": "head.kernel",
     "lm_head.bias": "head.bias",
+    "class_embed.kernel": "class_embedding.table",
 }
 _AXON_NAMES = naming.inverse(_NAMES)
 

@@ -8,6 +8,7 @@
         up, down                     Dense, in nnx Linear
     final_norm                   LayerNorm(epsilon=1e-5)
     head                         Dense, in nnx Linear
+    class_embedding              Embed(num_classes + 1, embed_dim), where the model has classes
 
 The layouts are marref's, but that attention splits an axis of embed_dim into [heads, head_dim]:
 the last one of query, key and value, and the first one of the output kernel.
@@ -45,6 +46,7 @@ _NNX = {
     "final_norm.bias": "final_norm.bias",
     "head.kernel": "head.kernel",
     "head.bias": "head.bias",
+    "class_embedding.embedding": "class_embedding.table",
 }
 _LINEN = {theirs.replace("blocks.", "blocks_"): ours for theirs, ours in _NNX.items()}
 

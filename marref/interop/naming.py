@@ -78,8 +78,9 @@ def translate(name: str, table: Mapping[str, str], shift: int = 0) -> str:
 
 
 def parameter_names(num_layers: int) -> list[str]:
-    """List marref's names of the parameters of a model."""
-    return list(MAR(2, embed_dim=2, num_layers=num_layers, num_heads=1).parameter_shapes)
+    """List marref's names of the parameters of a model with classes."""
+    model = MAR(2, embed_dim=2, num_layers=num_layers, num_heads=1, num_classes=1)
+    return list(model.parameter_shapes)
 
 
 def inverse(table: Mapping[str, str]) -> dict[str, str]:
@@ -142,7 +143,13 @@ def check_complete(
     vocab_size, embed_dim = (2, 2) if table is None else table.shape
     blocks = {number[0] for name in found if (number := _NUMBER.search(name))}
     try:
-        model = MAR(vocab_size, embed_dim, num_layers=max(1, len(blocks)), num_heads=1)
+        model = MAR(
+            vocab_size,
+            embed_dim,
+            num_layers=max(1, len(blocks)),
+            num_heads=1,
+            num_classes=_num_classes(found, layout),
+        )
     except ValueError as error:
         raise ValueError(
             f"{argument}: {embedding} has shape {[vocab_size, embed_dim]}; {error}"
@@ -170,6 +177,14 @@ def check_complete(
     if faults:
         raise ValueError(f"{argument}: " + "; ".join(faults))
     return shapes
+
+
+def _num_classes(found: Mapping[str, Array], layout: Layout) -> int | None:
+    """Tell the number of classes from their table [num_classes + 1, embed_dim], if there is one."""
+    blank = np.broadcast_to(np.float32(0), (2, 2))
+    ((name, _),) = layout({"class_embedding.table": blank})
+    table = found.get(name)
+    return None if table is None else max(1, len(np.atleast_1d(table)) - 1)
 
 
 def _shortened(fault: str, names: list[str], remark: Callable[[str], str]) -> Iterator[str]:

@@ -5,6 +5,7 @@
                  norm=nn.LayerNorm(embed_dim)
     head         nn.Linear(embed_dim, vocab_size)
 
+and, where the model has classes, class_embedding, an nn.Embedding(num_classes + 1, embed_dim).
 Two layouts differ from marref's: nn.Linear keeps its weight as [out, in], the transpose of a
 kernel; and nn.MultiheadAttention keeps query, key and value in one array, in that order along its
 first axis.  Below, ``qkv`` stands for the three side by side along the last axis of marref's.
@@ -36,6 +37,7 @@ _NAMES = {
     "encoder.norm.bias": "final_norm.bias",
     "head.weight": "head.kernel",
     "head.bias": "head.bias",
+    "class_embedding.weight": "class_embedding.table",
 }
 _TORCH_NAMES = naming.inverse(_NAMES)
 

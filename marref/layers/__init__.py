@@ -13,6 +13,7 @@ Layers trust their callers: arguments are checked once, at the boundary, by `mar
 from marref.layers import (
     attention,
     block,
+    class_embedding,
     dropout,
     embedding,
     feed_forward,
@@ -24,6 +25,7 @@ from marref.layers import (
 __all__ = [
     "attention",
     "block",
+    "class_embedding",
     "dropout",
     "embedding",
     "feed_forward",

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from marref import checks, files, trees
+from marref.model import MAR
 from marref.training.config import Config
 from marref.training.loop import State
 from marref.training.models import num_parameters
@@ -43,6 +44,8 @@ class Checkpoint(NamedTuple):
     vocab_size : int
     codec : dict
         What the token ids mean; see `marref.data.codec_from_dict`.
+    num_classes : int, optional
+        Of the data; ``None`` without labels.
     """
 
     step: int
@@ -50,6 +53,12 @@ class Checkpoint(NamedTuple):
     config: Config
     vocab_size: int
     codec: dict[str, Any]
+    num_classes: int | None = None
+
+    @property
+    def model(self) -> MAR:
+        """The model whose state it is."""
+        return self.config.model(self.vocab_size, self.num_classes)
 
 
 def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
@@ -74,6 +83,8 @@ def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
         "vocab_size": checkpoint.vocab_size,
         "codec": checkpoint.codec,
     }
+    if checkpoint.num_classes is not None:
+        metadata["num_classes"] = checkpoint.num_classes
     metadata["checksum"] = _checksum(arrays, metadata)
     suffix = _SUFFIXES[0 if importlib.util.find_spec("safetensors") else 1]
     path = Path(folder) / f"{checkpoint.step:08d}{suffix}"
@@ -107,7 +118,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
             raise ValueError(f"format {metadata.get('format')!r}, expected {FORMAT!r}")
         config = Config.from_dict(metadata["config"])
         step = checks.integer("step", metadata["step"], 0, config.num_steps)
-        model = config.model(metadata["vocab_size"])
+        model = config.model(metadata["vocab_size"], metadata.get("num_classes"))
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: is no checkpoint ({error})") from error
     parts = 4 if config.average_decay else 3
@@ -119,7 +130,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         state = _state(arrays, step, model.parameter_shapes, config)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return Checkpoint(step, state, config, metadata["vocab_size"], metadata["codec"])
+    return Checkpoint(step, state, config, model.vocab_size, metadata["codec"], model.num_classes)
 
 
 def latest(folder: str | os.PathLike[str]) -> Checkpoint | None:

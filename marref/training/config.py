@@ -45,6 +45,9 @@ class Config:
         See `marref.optim.clip_by_global_norm`.
     label_smoothing : float
         See `marref.loss.uniform`.
+    label_drop : float
+        Of data with classes: the probability that a sequence is trained on as one of no class; see
+        `marref.masking.drop_labels`.
     average_decay : float, optional
         d of the average of the parameters, a ← d a + (1 - d) θ after every step, which starts at
         the initial parameters: after n steps these still have the weight dⁿ in it.  0: no average.
@@ -88,6 +91,7 @@ class Config:
     decay: str = "matrices"
     max_norm: float = 1.0
     label_smoothing: float = 0.0
+    label_drop: float = 0.1
     average_decay: float | None = None
     mask_schedule: str = "uniform"
     mask_per: str = "sequence"
@@ -118,6 +122,7 @@ class Config:
             ("weight_decay", "[0, inf)"),
             ("max_norm", "(0, inf)"),
             ("label_smoothing", "[0, 1)"),
+            ("label_drop", "[0, 1)"),
             ("average_decay", "[0, 1)"),
             ("validation_fraction", "[0, 1)"),
         ):
@@ -127,7 +132,7 @@ class Config:
         checks.choice("mask_per", self.mask_per, MASKED_PER)
         checks.choice("mask_schedule", self.mask_schedule, masking.SCHEDULES)
         checks.choice("dtype", self.dtype, DTYPES)
-        self._model(2, 1 if self.seq_len is None else self.seq_len)
+        self._model(2, 1 if self.seq_len is None else self.seq_len, None)
 
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "Config":
@@ -160,11 +165,11 @@ class Config:
             )
         return dataclasses.replace(self, **missing)
 
-    def model(self, vocab_size: int) -> MAR:
-        """Build the model of a resolved config for so many token ids."""
+    def model(self, vocab_size: int, num_classes: int | None = None) -> MAR:
+        """Build the model of a resolved config for so many token ids, and classes if any."""
         if self.seq_len is None:
             raise ValueError("seq_len: received None, expected a config that is resolved")
-        return self._model(vocab_size, self.seq_len)
+        return self._model(vocab_size, self.seq_len, num_classes)
 
     def learning_rate_at(self, step: int) -> float:
         """Compute the learning rate of a resolved config after so many steps."""
@@ -177,7 +182,7 @@ class Config:
             total_steps=self.num_steps,
         )
 
-    def _model(self, vocab_size: int, seq_len: int) -> MAR:
+    def _model(self, vocab_size: int, seq_len: int, num_classes: int | None) -> MAR:
         return MAR(
             vocab_size,
             embed_dim=self.embed_dim,
@@ -187,6 +192,7 @@ class Config:
             dropout=self.dropout,
             gelu=self.gelu,
             positions=self.positions,
+            num_classes=num_classes,
         )
 
     def _set(self, name: str, value: float) -> None:

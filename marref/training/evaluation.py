@@ -6,7 +6,7 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +16,17 @@ from marref.loss import log_softmax, mar_loss
 from marref.masking import mask_tokens
 from marref.trees import Array
 
+Predict: TypeAlias = Callable[..., Array]
+"""Masked tokens [batch, length], and labels [batch] if there are any, to logits."""
+
 
 def bits_per_token(
-    predict: Callable[[Array], Array],
+    predict: Predict,
     tokens: npt.ArrayLike,
     ratio: float,
     rng: np.random.Generator,
     *,
+    labels: npt.ArrayLike | None = None,
     mask_token_id: int = 0,
     batch_size: int = 256,
 ) -> float:
@@ -32,13 +36,16 @@ def bits_per_token(
     ----------
     predict : callable
         Masked tokens [batch, length] to logits [batch, length, vocab_size]; for a model,
-        ``functools.partial(marref.fast.logits, model, params)``.
+        ``functools.partial(marref.fast.logits, model, params)``.  With labels it takes those of
+        the tokens' sequences too.
     tokens : integer array [num_sequences, length]
         Without ``mask_token_id``.
     ratio : float
         In [0, 1]; every sequence has the same number of masked positions.
     rng : numpy.random.Generator
         Draws the masks: the same seed gives the same masks.
+    labels : integer array [num_sequences], optional
+        The class of every sequence.
     mask_token_id : int
     batch_size : int
         How many sequences are predicted at once; the result does not depend on it.
@@ -52,12 +59,13 @@ def bits_per_token(
     TypeError, ValueError
         There are no sequences, or an argument is none of `marref.masking.mask_tokens`.
     """
-    targets = _targets(predict, tokens, mask_token_id, batch_size)
+    targets, labels = _checked(predict, tokens, labels, mask_token_id, batch_size)
     masked, mask = mask_tokens(targets, ratio, rng, mask_token_id)
     nats = 0.0
     for start in range(0, len(targets), batch_size):
         part = slice(start, start + batch_size)
-        loss = mar_loss(predict(masked[part]), targets[part], mask[part])
+        logits = _predicted(predict, masked, labels, part)
+        loss = mar_loss(logits, targets[part], mask[part])
         nats += float(loss.real) * int(mask[part].sum())
     return nats / (int(mask.sum()) * math.log(2))
 
@@ -77,11 +85,12 @@ class Estimate(NamedTuple):
 
 
 def masked_bits(
-    predict: Callable[[Array], Array],
+    predict: Predict,
     tokens: npt.ArrayLike,
     ratio: float,
     rng: np.random.Generator,
     *,
+    labels: npt.ArrayLike | None = None,
     mask_token_id: int = 0,
     batch_size: int = 256,
 ) -> Estimate:
@@ -89,7 +98,7 @@ def masked_bits(
 
     Parameters
     ----------
-    predict, tokens, ratio, rng, mask_token_id, batch_size
+    predict, tokens, ratio, rng, labels, mask_token_id, batch_size
         As in `bits_per_token`, whose result this is, up to rounding.
 
     Returns
@@ -101,17 +110,18 @@ def masked_bits(
     TypeError, ValueError
         As `bits_per_token`.
     """
-    targets = _targets(predict, tokens, mask_token_id, batch_size)
+    targets, labels = _checked(predict, tokens, labels, mask_token_id, batch_size)
     _, mask = mask_tokens(targets, ratio, rng, mask_token_id)
-    return _estimate(bits_behind(predict, targets, mask, mask_token_id, batch_size))
+    return _estimate(bits_behind(predict, targets, mask, labels, mask_token_id, batch_size))
 
 
 def any_order_bits(
-    predict: Callable[[Array], Array],
+    predict: Predict,
     tokens: npt.ArrayLike,
     rng: np.random.Generator,
     *,
     num_orders: int = 1,
+    labels: npt.ArrayLike | None = None,
     mask_token_id: int = 0,
     batch_size: int = 256,
 ) -> Estimate:
@@ -132,7 +142,7 @@ def any_order_bits(
 
     Parameters
     ----------
-    predict, tokens, mask_token_id, batch_size
+    predict, tokens, labels, mask_token_id, batch_size
         As in `bits_per_token`.
     rng : numpy.random.Generator
     num_orders : int
@@ -149,20 +159,22 @@ def any_order_bits(
     TypeError, ValueError
         As `bits_per_token`.
     """
-    targets = _targets(predict, tokens, mask_token_id, batch_size)
+    targets, labels = _checked(predict, tokens, labels, mask_token_id, batch_size)
     checks.generator("rng", rng)
     bits = np.zeros(len(targets))
     for _ in range(checks.integer("num_orders", num_orders, 1)):
         order = rng.random(targets.shape).argsort(axis=1)
         masked = rng.integers(1, targets.shape[1], size=(len(targets), 1), endpoint=True)
-        bits += bits_behind(predict, targets, order < masked, mask_token_id, batch_size)
+        mask = order < masked
+        bits += bits_behind(predict, targets, mask, labels, mask_token_id, batch_size)
     return _estimate(bits / num_orders)
 
 
 def bits_behind(
-    predict: Callable[[Array], Array],
+    predict: Predict,
     targets: Array,
     mask: Array,
+    labels: Array | None = None,
     mask_token_id: int = 0,
     batch_size: int = 256,
 ) -> npt.NDArray[np.float64]:
@@ -175,6 +187,7 @@ def bits_behind(
     targets : integer array [num_sequences, length]
     mask : bool array [num_sequences, length]
         With at least one True in each row.
+    labels : integer array [num_sequences], optional
     mask_token_id, batch_size : int
 
     Returns
@@ -185,7 +198,8 @@ def bits_behind(
     sums = np.zeros(mask.shape)
     for start in range(0, len(targets), batch_size):
         part = slice(start, start + batch_size)
-        logits, ids = predict(inputs[part])[mask[part]], targets[part][mask[part]]
+        logits = _predicted(predict, inputs, labels, part)[mask[part]]
+        ids = targets[part][mask[part]]
         checks.finite("logits", logits)
         sums[part][mask[part]] = -log_softmax(logits)[np.arange(len(ids)), ids]
     bits: npt.NDArray[np.float64] = sums.sum(axis=1) / (mask.sum(axis=1) * math.log(2))
@@ -213,17 +227,28 @@ def position_log_frequencies(tokens: npt.ArrayLike, vocab_size: int) -> npt.NDAr
     return log_frequencies
 
 
-def _targets(
-    predict: Callable[[Array], Array], tokens: npt.ArrayLike, mask_token_id: int, batch_size: int
-) -> Array:
-    """Check what all measurements are given; return the tokens."""
+def _checked(
+    predict: Predict,
+    tokens: npt.ArrayLike,
+    labels: npt.ArrayLike | None,
+    mask_token_id: int,
+    batch_size: int,
+) -> tuple[Array, Array | None]:
+    """Check what all measurements are given; return the tokens and the labels."""
     checks.integer("batch_size", batch_size, 1)
     checks.function("predict", predict)
     targets = checks.token_ids("tokens", tokens, np.iinfo(np.int64).max)
     if targets.size == 0:
         raise ValueError(f"tokens: shape {list(targets.shape)}, expected at least one sequence")
     checks.no_mask_token("tokens", targets, mask_token_id)
-    return targets
+    if labels is not None:
+        labels = checks.labels("labels", labels, np.iinfo(np.int64).max)
+        checks.shape("labels", labels, (len(targets),))
+    return targets, labels
+
+
+def _predicted(predict: Predict, inputs: Array, labels: Array | None, part: slice) -> Array:
+    return predict(inputs[part]) if labels is None else predict(inputs[part], labels[part])
 
 
 def _estimate(bits: Array) -> Estimate:

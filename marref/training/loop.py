@@ -17,7 +17,7 @@ import numpy.typing as npt
 from marref import chance, checks, masking, optim, trees
 from marref.data import Dataset
 from marref.fast import adam_step, loss_and_grads
-from marref.masking import mask_tokens, sample_mask_ratio
+from marref.masking import drop_labels, mask_tokens, sample_mask_ratio
 from marref.model import MAR, check_model
 from marref.training.config import Config
 from marref.trees import Array, Tree
@@ -61,6 +61,8 @@ def train(
     max_norm: float = 1.0,
     mask_schedule: str = "one-minus-cosine",
     mask_token_id: int = 0,
+    labels: npt.ArrayLike | None = None,
+    label_drop: float = 0.1,
     on_step: Callable[[StepRecord], None] | None = None,
     on_state: "Callable[[StepRecord, State], None] | None" = None,
     num_threads: int | None = None,
@@ -89,6 +91,11 @@ def train(
     mask_schedule : str
         See `marref.masking.sample_mask_ratio`.
     mask_token_id : int
+    labels : integer array [num_sequences], optional
+        The class of every sequence, for a model with classes.
+    label_drop : float
+        The probability of a sequence to be trained on as one of no class, see
+        `marref.masking.drop_labels`.
     on_step : callable, optional
         Called with the record of every step, as it ends.
     on_state : callable, optional
@@ -113,6 +120,8 @@ def train(
     """
     check_model(model)
     tokens = model.check_inputs(params, tokens)
+    labels = model.check_labels(labels, len(tokens))
+    checks.real("label_drop", label_drop, "[0, 1)")
     checks.integer("num_steps", num_steps, 1)
     checks.integer("batch_size", batch_size, 1)
     checks.real("learning_rate", learning_rate, "(0, inf)")
@@ -130,12 +139,15 @@ def train(
     history = []
     for step in range(num_steps):
         start = time.perf_counter()
-        targets = tokens[rng.integers(len(tokens), size=batch_size)]
+        chosen = rng.integers(len(tokens), size=batch_size)
+        targets, classes = tokens[chosen], None
+        if labels is not None and model.num_classes is not None:
+            classes = drop_labels(labels[chosen], label_drop, rng, model.num_classes)
         ratio = sample_mask_ratio(rng, mask_schedule, size=batch_size)
         inputs, mask = mask_tokens(targets, ratio, rng, mask_token_id)
         with _divergence_named(step):
             loss, grads = loss_and_grads(
-                model, params, inputs, targets, mask, rng, num_threads=num_threads
+                model, params, inputs, targets, mask, rng, labels=classes, num_threads=num_threads
             )
             grads, grad_norm = optim.clip_by_global_norm(grads, max_norm)
         rate = optim.warmup_cosine(
@@ -227,7 +239,7 @@ def step(
         Logits or gradients are no longer finite: training diverged.
     """
     start = time.perf_counter()
-    batch = _batch(config, dataset, number)
+    batch = _batch(config, model, dataset, number)
     with _divergence_named(number):
         loss, grads = _loss_and_grads(config, model, state.params, batch, number)
         grads, grad_norm = optim.clip_by_global_norm(grads, config.max_norm)
@@ -249,11 +261,16 @@ class _Batch(NamedTuple):
     inputs: Array
     targets: Array
     mask: Array
+    labels: Array | None
 
 
-def _batch(config: Config, dataset: Dataset, number: int) -> _Batch:
+def _batch(config: Config, model: MAR, dataset: Dataset, number: int) -> _Batch:
     count = config.accumulate * config.batch_size
-    targets = dataset.draw(chance.generator(config.seed, "batch", number), count)
+    index = dataset.draw_index(chance.generator(config.seed, "batch", number), count)
+    targets, labels = dataset.rows(index), None
+    if dataset.labels is not None and model.num_classes is not None:
+        rng = chance.generator(config.seed, "label", number)
+        labels = drop_labels(dataset.labels[index], config.label_drop, rng, model.num_classes)
     rng = chance.generator(config.seed, "mask", number)
     ratio: float | Array
     if config.mask_per == "batch":
@@ -261,7 +278,7 @@ def _batch(config: Config, dataset: Dataset, number: int) -> _Batch:
     else:
         ratio = sample_mask_ratio(rng, config.mask_schedule, size=count)
     inputs, mask = mask_tokens(targets, ratio, rng)
-    return _Batch(inputs, targets, mask)
+    return _Batch(inputs, targets, mask, labels)
 
 
 def _loss_and_grads(
@@ -275,16 +292,17 @@ def _loss_and_grads(
     num_masked = int(batch.mask.sum())
     for part in range(config.accumulate):
         rows = slice(part * config.batch_size, (part + 1) * config.batch_size)
-        inputs, targets, mask = (array[rows] for array in batch)
+        mask = batch.mask[rows]
         rng = chance.generator(config.seed, "dropout", number, part)
         part_loss, grads = loss_and_grads(
             model,
             params,
-            inputs,
-            targets,
+            batch.inputs[rows],
+            batch.targets[rows],
             mask,
             rng,
             label_smoothing=config.label_smoothing,
+            labels=None if batch.labels is None else batch.labels[rows],
             num_threads=config.num_threads,
         )
         share = int(mask.sum()) / num_masked

@@ -1,6 +1,5 @@
 """A model and its parameters on disk."""
 
-import dataclasses
 import math
 import os
 from typing import Any
@@ -30,7 +29,7 @@ def save_model(path: str | os.PathLike[str], model: MAR, params: Tree) -> None:
     """
     check_model(model)
     trees.check_like("params", params, model.parameter_shapes)
-    files.save(path, trees.flatten(params), {"model": dataclasses.asdict(model)})
+    files.save(path, trees.flatten(params), {"model": model.as_dict()})
 
 
 def load_model(path: str | os.PathLike[str]) -> tuple[MAR, Tree]:

@@ -27,7 +27,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from marref import chance, checks, data, fast, files, trees
-from marref.data import Dataset
+from marref.data import Classes, Dataset
 from marref.model import MAR
 from marref.training import checkpoints, loop
 from marref.training.checkpoints import Checkpoint
@@ -41,10 +41,12 @@ __all__ = [
     "Run",
     "RunRecord",
     "best",
+    "classes_of",
     "read_dataset",
     "read_settings",
     "resume",
     "spread",
+    "spread_index",
     "start",
 ]
 
@@ -94,6 +96,7 @@ def start(
     config: Config | None = None,
     *,
     source: Sequence[str] | None = None,
+    labels: str | None = None,
     on_step: Callable[[RunRecord], None] | None = None,
     on_state: Callable[[RunRecord, State], None] | None = None,
 ) -> Run:
@@ -102,13 +105,15 @@ def start(
     Parameters
     ----------
     dataset : Dataset
-        See `marref.data`.
+        See `marref.data`.  With labels, the model has their classes.
     out : path
         Made if missing; must hold no run yet.
     config : Config, optional
         By default what `Config` says.
     source : sequence of str, optional
         Where the data lie; kept in config.json for `read_dataset`, and not compared.
+    labels : str, optional
+        Where the file of the labels lies, if there is one; see `marref.data.load`.  Kept too.
     on_step : callable, optional
         Called with the record of every step, as it ends; may raise KeyboardInterrupt to stop.
     on_state : callable, optional
@@ -141,6 +146,8 @@ def start(
             described = _described(job, dataset)
             if source is not None:
                 described["source"] = list(source)
+            if labels is not None:
+                described["labels"] = labels
             temporary.write_text(json.dumps(described, indent=2) + "\n", "utf-8")
         return _go_on(job, on_step, on_state)
 
@@ -187,7 +194,8 @@ def resume(
     settings = read_settings(out)
     job = _job(dataset, Path(out), Config.from_dict(settings["config"]))
     for name, found in _described(job, dataset).items():
-        if found != settings.get(name):
+        # The options of a run are those that it was started with, and these alone.
+        if name != "config" and found != settings.get(name):
             raise ValueError(
                 f"dataset: its {name} is {found}, expected {settings.get(name)} as in the run"
             )
@@ -206,7 +214,9 @@ def read_settings(out: str | os.PathLike[str]) -> dict[str, Any]:
     Returns
     -------
     dict
-        ``config``, ``vocab_size``, ``codec``, ``data`` and, if it was told, ``source``.
+        ``config``, ``vocab_size``, ``codec``, ``data`` and, if they were told, ``source`` and
+        ``labels``.  ``data`` has ``classes`` where there are labels: ``counts``, how many sequences
+        each class has, and ``names``, or none.
 
     Raises
     ------
@@ -233,6 +243,8 @@ def read_settings(out: str | os.PathLike[str]) -> dict[str, Any]:
 def read_dataset(out: str | os.PathLike[str], source: Sequence[str] | None = None) -> data.Dataset:
     """Read data as those that a run was trained on: the same ids, in sequences of one length.
 
+    Classes have the numbers that they have in the run; where it has none, labels are left out.
+
     Parameters
     ----------
     out : path
@@ -250,14 +262,30 @@ def read_dataset(out: str | os.PathLike[str], source: Sequence[str] | None = Non
         There is no run, it does not say where its data lie, or they cannot be read.
     """
     settings = read_settings(out)
+    labels = None if source else settings.get("labels")
     source = source or settings.get("source")
     if not source:
         raise ValueError(f"{os.fspath(out)}: does not say where its data lie, expected them named")
-    return data.load(
+    dataset = data.load(
         source[0] if len(source) == 1 else source,
         codec=data.codec_from_dict(settings["codec"]),
         length=settings["data"]["length"],
+        labels=labels,
     )
+    classes = classes_of(settings)
+    return dataset.without_labels() if classes is None else dataset.with_classes(classes)
+
+
+def classes_of(settings: dict[str, Any]) -> Classes | None:
+    """Return the classes of a run, from what `read_settings` read; ``None`` where it has none."""
+    told = settings["data"].get("classes")
+    if told is None:
+        return None
+    try:
+        names = None if told["names"] is None else tuple(map(str, told["names"]))
+        return Classes(tuple(map(int, told["counts"])), names)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"config.json: data: classes: is damaged ({error})") from error
 
 
 def best(out: str | os.PathLike[str]) -> Checkpoint:
@@ -313,18 +341,23 @@ def spread(dataset: Dataset, count: int) -> Array:
     -------
     int64 array [count, length]
     """
+    return dataset.rows(spread_index(dataset, count))
+
+
+def spread_index(dataset: Dataset, count: int) -> Array:
+    """Return which sequences `spread` takes."""
     places = np.linspace(0, len(dataset) - 1, min(len(dataset), count))
-    return dataset.rows(places.astype(np.int64))
+    return places.astype(np.int64)
 
 
 class _Job(NamedTuple):
-    """What does not change during a run; ``held_out`` [count, length] is to validate with."""
+    """What does not change during a run; ``held_out`` are tokens and labels to validate with."""
 
     out: Path
     config: Config
     model: MAR
     train: Dataset
-    held_out: Array | None
+    held_out: tuple[Array, Array | None] | None
     codec: dict[str, Any]
 
     @property
@@ -341,22 +374,29 @@ class _Job(NamedTuple):
 
 
 def _job(dataset: Dataset, out: Path, config: Config) -> _Job:
-    model = config.model(dataset.vocab_size)
+    model = config.model(dataset.vocab_size, dataset.num_classes)
     train, held_out = dataset, None
     if config.validation_fraction:
         train, validation = dataset.split(config.validation_fraction, config.seed)
-        held_out = spread(validation, _VALIDATION_SEQUENCES)
+        index = spread_index(validation, _VALIDATION_SEQUENCES)
+        held_out = validation.rows(index), validation.labels_at(index)
     return _Job(out, config, model, train, held_out, dataset.codec.as_dict())
 
 
 def _described(job: _Job, dataset: Dataset) -> dict[str, Any]:
     """Describe a run as config.json holds it: what must be the same when it goes on."""
     sample = spread(dataset, 64)
-    data = {
+    data: dict[str, Any] = {
         "count": len(dataset),
         "length": dataset.length,
         "checksum": zlib.crc32(sample.astype("<i8").tobytes()),
     }
+    if dataset.labels is not None:
+        data["classes"] = {
+            "names": None if dataset.class_names is None else list(dataset.class_names),
+            "counts": np.bincount(dataset.labels, minlength=job.model.num_classes or 0).tolist(),
+            "checksum": zlib.crc32(dataset.labels.astype("<i8").tobytes()),
+        }
     return {
         "format": FORMAT,
         "config": dataclasses.asdict(job.config),
@@ -412,20 +452,21 @@ def _step(job: _Job, state: State, number: int) -> tuple[State, RunRecord]:
     state, record = loop.step(job.config, job.model, job.train, state, number)
     bits = None
     if job.held_out is not None and _is_multiple(job.config, number + 1, "validate_every"):
-        bits = _validation_bits(job, job.held_out, state)
+        bits = _validation_bits(job, *job.held_out, state)
     return state, RunRecord(**vars(record), validation_bits=bits)
 
 
-def _validation_bits(job: _Job, held_out: Array, state: State) -> float:
+def _validation_bits(job: _Job, tokens: Array, labels: Array | None, state: State) -> float:
     predict = functools.partial(
         fast.logits, job.model, state.averaged, num_threads=job.config.num_threads
     )
     bits = [
         bits_per_token(
             predict,
-            held_out,
+            tokens,
             ratio,
             chance.generator(job.config.seed, "validation", index),
+            labels=labels,
             batch_size=job.config.batch_size,
         )
         for index, ratio in enumerate(VALIDATION_RATIOS)
@@ -462,9 +503,8 @@ def _save(job: _Job, state: State, history: list[RunRecord]) -> None:
     with files.naming(job.history):
         files.sync(job.history)
     step = history[-1].step
-    checkpoints.save(
-        job.checkpoints, Checkpoint(step, state, job.config, job.model.vocab_size, job.codec)
-    )
+    sizes = job.model.vocab_size, job.codec, job.model.num_classes
+    checkpoints.save(job.checkpoints, Checkpoint(step, state, job.config, *sizes))
     checkpoints.clean(job.checkpoints, job.config.keep, best=_best(history))
 
 

@@ -42,9 +42,11 @@ def load(
         length of the tokens), ``gelu``, ``positions``, ``layer_norm_epsilon``.
     tokens : path, optional
         A ``.npy`` file of true ids [batch, length], or another that `marref.files.load` reads,
-        with ``tokens``, which are these, and perhaps ``mask``, 1 where they are masked.
+        with ``tokens``, which are these, and perhaps ``mask``, 1 where they are masked, and the
+        classes ``labels``.
     seed : int
-        Draws the mask, see `marref.verify.golden.draw_mask`, and the tokens, if not given.
+        Draws the mask, see `marref.verify.golden.draw_mask`, the tokens and the labels, if not
+        given.
 
     Returns
     -------
@@ -52,7 +54,8 @@ def load(
     params : dict
         float64.  Biases that are absent are 0; an absent head is the embedding's table, tied.
     batch : dict
-        ``tokens``, [MASK] where masked, ``targets`` and ``mask``, integers [batch, length].
+        ``tokens``, [MASK] where masked, ``targets`` and ``mask``, integers [batch, length], and
+        ``labels`` [batch] of a model with classes.
     notes : tuple of str
         Lines for the user, about names and what was absent.
 
@@ -107,11 +110,17 @@ def _masked(given: Mapping[str, Array], model: MAR, rng: np.random.Generator) ->
     targets = given.get("tokens", rng.integers(1, model.vocab_size, shape)).astype(np.int64)
     mask = given.get("mask", golden.draw_mask((targets.shape[0], targets.shape[1]), rng))
     masked = checks.binary_mask("mask", mask, targets.shape)
-    return {
+    batch = {
         "tokens": np.where(masked, 0, checks.token_ids("tokens", targets, model.vocab_size)),
         "targets": targets,
         "mask": masked.astype(np.int64),
     }
+    if model.num_classes is not None:
+        drawn = golden.draw_labels(len(targets), model.num_classes, rng)
+        labels = model.check_labels(given.get("labels", drawn), len(targets))
+        assert labels is not None
+        batch["labels"] = labels.astype(np.int64)
+    return batch
 
 
 def _fill(model: MAR, parameters: dict[str, Array]) -> list[str]:
@@ -139,6 +148,8 @@ def _sizes(
         raise ValueError(f"params: embedding.table: {received}, expected [vocab_size, embed_dim]")
     blocks = {name.split(".")[1] for name in parameters if name.startswith("blocks.")}
     sizes = {"vocab_size": table.shape[0], "embed_dim": table.shape[1], "num_layers": len(blocks)}
+    if "class_embedding.table" in parameters:
+        sizes["num_classes"] = len(parameters["class_embedding.table"]) - 1
     if "tokens" in batch:
         sizes["seq_len"] = batch["tokens"].shape[1]
     # Flax's attention has heads and head_dim apart.

@@ -242,10 +242,13 @@ class Golden:
             }
         )
         trees.check_like("golden params", self.params, self.model.parameter_shapes)
-        for name in ("tokens", "targets", "mask"):
+        inputs = ["tokens", "targets", "mask"]
+        if self.model.num_classes is not None:
+            inputs.append("labels")
+        for name in inputs:
             if f"input/{name}" not in arrays:
                 raise ValueError(f"golden: input/{name} is missing")
-        self.batch = {name: arrays[f"input/{name}"] for name in ("tokens", "targets", "mask")}
+        self.batch = {name: arrays[f"input/{name}"] for name in inputs}
 
     def order(self, names: Mapping[str, Any]) -> list[str]:
         """Sort the given names into the order of computation."""
@@ -482,7 +485,7 @@ def budgets(golden_vectors: Golden, names: Mapping[str, Any], precision: str) ->
         params = _shaken(golden_vectors.params, rng if run > 0 else None, precision)
         with _positions_rounded(run, precision).applied():
             _raise_to(errors, expected, _compute_in_precision(golden_vectors, asked, params))
-    decoded = [name for name in expected if name.startswith("decode/")]
+    decoded = [name for name in expected if name.startswith(("decode/", "guidance/"))]
     for _ in range(_NUM_RUNS if decoded else 0):
         params = _shaken(golden_vectors.params, rng, precision, MULTIPLE)
         found = _compute_in_precision(golden_vectors, dict.fromkeys(decoded), params)
@@ -492,9 +495,9 @@ def budgets(golden_vectors: Golden, names: Mapping[str, Any], precision: str) ->
             ):
                 errors[name] = math.inf
     allowed = _smoothed(expected, errors, precision)
-    for setting in dict.fromkeys(name.split("/")[1] for name in decoded):
-        if _nearly_ties(f"decode/{setting}", expected, allowed):
-            of_setting = [name for name in decoded if name.startswith(f"decode/{setting}/")]
+    for setting in dict.fromkeys("/".join(name.split("/")[:2]) for name in decoded):
+        if _nearly_ties(setting, expected, allowed):
+            of_setting = [name for name in decoded if name.startswith(f"{setting}/")]
             allowed |= dict.fromkeys(of_setting, math.inf)
     if steps:
         for name, error in _errors_of_steps(golden_vectors, steps, expected, allowed, rng).items():
@@ -659,14 +662,15 @@ def _smoothed(
 
 
 def crosscheck(
-    forward: Callable[[Tree, Array], Any], golden_vectors: Golden, precision: str | None = None
+    forward: Callable[..., Any], golden_vectors: Golden, precision: str | None = None
 ) -> Comparison:
     """Call an implementation with golden inputs and compare what it returns.
 
     Parameters
     ----------
     forward : callable
-        ``(params, tokens)`` to the logits, or to a dict of arrays by their golden names.
+        ``(params, tokens)``, with classes ``(params, tokens, labels)``, to the logits, or to a dict
+        of arrays by their golden names.
     golden_vectors : Golden
     precision : str, optional
         See `compare`.  The parameters are handed over in this precision's dtype: float64 for
@@ -678,7 +682,10 @@ def crosscheck(
     """
     dtype = np.float64 if precision in (None, "float64") else np.float32
     params = trees.map_leaves(lambda leaf: leaf.astype(dtype), golden_vectors.params)
-    result = forward(params, golden_vectors.batch["tokens"].copy())
+    inputs = [
+        golden_vectors.batch[name] for name in ("tokens", "labels") if name in golden_vectors.batch
+    ]
+    result = forward(params, *(array.copy() for array in inputs))
     named = result if isinstance(result, dict) else {"activations/logits": result}
     return compare(golden_vectors, {name: _array(x) for name, x in named.items()}, precision)
 

@@ -63,6 +63,8 @@ class Diagnosis:
     thin : bool
         Only integers differ, or so few numbers that much would fit by chance: faults of the section
         itself were tried alone.
+    num_known : int
+        How many mistakes the catalogue has for such a model.
     """
 
     comparison: Comparison
@@ -72,6 +74,7 @@ class Diagnosis:
     near: tuple[Explanation, ...] = ()
     coarser: str | None = None
     thin: bool = False
+    num_known: int = len(CATALOGUE)
 
     @property
     def agrees(self) -> bool:
@@ -91,7 +94,7 @@ class Diagnosis:
             lines += self._explained_partly(self.partial)
         elif self.comparison.first and not self.explanations:
             lines.append(
-                f"\nnothing in the catalogue of {len(CATALOGUE)} known mistakes explains it; look "
+                f"\nnothing in the catalogue of {self.num_known} known mistakes explains it; look "
                 f"at {self.comparison.first.name}"
             )
             lines += [
@@ -230,7 +233,8 @@ def diagnose(
     else:
         hints = structure.hints(golden_vectors, arrays, comparison)
     near = tuple(search.near())
-    return Diagnosis(comparison, (), partial, hints, near, coarser, search.thin)
+    num_known = len(faults.of_model(golden_vectors.model))
+    return Diagnosis(comparison, (), partial, hints, near, coarser, search.thin, num_known)
 
 
 def _coarser(

@@ -4,6 +4,7 @@
 
     params/<name>                      the parameters
     input/tokens, targets, mask        the batch: [MASK] where masked, the true ids, 1 where masked
+    input/labels                       the classes of its sequences, where the model has classes
     activations/<name>                 the forward pass, see `marref.verify.trace`
     loss                               scalar, nats
     gradients/<name>                   of the parameters, the last layer first, and between them
@@ -16,6 +17,7 @@
     decode/<setting>/steps/<name>      confidence, tokens and mask after every step,
     decode/<setting>/tokens            and its result
     ties/<setting>/…                   the same where all confidences are 1
+    guidance/<setting>/…               the same with labels, where the model has classes
 
 Parameters are drawn so that nothing hides: biases are not 0, scales not 1, activations of order
 one, and one token nearly cancels the position that it stands at, so that the variance there is
@@ -76,6 +78,14 @@ TIES: dict[str, dict[str, Any]] = {
 }
 """The same, for a head that gives every position the same logits; see `_saturated`."""
 
+GUIDANCE: dict[str, dict[str, Any]] = {
+    "class": {"num_steps": 3},
+    "constant": {"num_steps": 3, "guidance_scale": 3.0},
+    "linear": {"num_steps": 3, "guidance_scale": 3.0, "guidance": "linear"},
+    "known": {"num_steps": 3, "guidance_scale": 3.0, "guidance": "linear"},
+}
+"""The same of a model with classes, with the labels of the sequences that it starts from."""
+
 CONVENTIONS = {
     "layout": "row-major; kernels are [in, out], y = x kernel + bias",
     "heads": "head h reads features h * head_dim to (h + 1) * head_dim - 1",
@@ -84,6 +94,12 @@ CONVENTIONS = {
     "key bias": "its gradient, which is 0, is set to 0 before every optimiser step",
     "ties": "in ties/ the head's kernel is 0, and its bias 0 but for 200 at id 1, 400 at [MASK]",
 }
+
+CLASS_CONVENTIONS = {
+    "classes": "the last row of class_embedding.table is no class, which decode/ and ties/ have",
+    "guidance": "logits u + s (c - u); linear: s = 1 + (guidance_scale - 1) known after the step",
+}
+"""The same, of a model with classes."""
 
 # In (10, 4) the linear schedule comes to halves.
 COUNTS = (*((masked, steps) for masked in (5, 16, 64, 256) for steps in (1, 3, 8, 12)), (10, 4))
@@ -105,7 +121,9 @@ def draw(model: MAR, seed: int) -> tuple[Tree, dict[str, Array]]:
         float64; every number is a bfloat16.
     batch : dict
         ``tokens``, ``targets`` and ``mask``, int64 [4, seq_len]: the first sequence has all
-        positions masked but one, the second about half, the third one, the fourth none.
+        positions masked but one, the second about half, the third one, the fourth none.  With
+        classes ``labels``, int64 [4]: the first two are equal, the third is no class, the fourth
+        another.
     """
     rng = np.random.default_rng(seed)
 
@@ -126,7 +144,10 @@ def draw(model: MAR, seed: int) -> tuple[Tree, dict[str, Array]]:
 
     mask = draw_mask(targets.shape, rng)
     params = trees.unflatten({name: round_to(leaf, "bfloat16") for name, leaf in leaves.items()})
-    return params, {"tokens": np.where(mask == 1, 0, targets), "targets": targets, "mask": mask}
+    batch = {"tokens": np.where(mask == 1, 0, targets), "targets": targets, "mask": mask}
+    if model.num_classes is not None:
+        batch["labels"] = draw_labels(BATCH, model.num_classes, rng)
+    return params, batch
 
 
 def draw_mask(shape: tuple[int, int], rng: np.random.Generator) -> Array:
@@ -148,6 +169,14 @@ def draw_mask(shape: tuple[int, int], rng: np.random.Generator) -> Array:
     for row in range(shape[0]):
         mask[row, rng.permutation(shape[1])[: counts[row % len(counts)]]] = 1
     return mask
+
+
+def draw_labels(count: int, num_classes: int, rng: np.random.Generator) -> Array:
+    """Draw a class: of every three sequences two have it, one no class; then the next: [count]."""
+    sequences = np.arange(count)
+    labels: Array = (rng.integers(num_classes) + sequences // 3) % num_classes
+    labels[2::3] = num_classes
+    return labels
 
 
 def compute(model: MAR, params: Tree, batch: dict[str, Array]) -> dict[str, Array]:
@@ -211,10 +240,16 @@ def stages(
             f"{section}/{name}/": functools.partial(
                 _decode, model, params, batch, f"{section}/{name}", options
             )
-            for section, settings in (("decode", DECODINGS), ("ties", TIES))
+            for section, settings in decoder_sections(model).items()
             for name, options in settings.items()
         },
     }
+
+
+def decoder_sections(model: MAR) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return the sections of decodings that golden vectors of a model have, and their settings."""
+    of_classes = {} if model.num_classes is None else {"guidance": GUIDANCE}
+    return {"decode": DECODINGS, "ties": TIES, **of_classes}
 
 
 def make(
@@ -236,8 +271,8 @@ def make(
         In the order in which an implementation would compute them.
     metadata : dict
         ``format``, ``config`` (the hyper-parameters), ``seed``, ``versions``, ``conventions``,
-        ``optimisers`` and ``decodings`` (the arguments of each), ``order`` (the names of the
-        arrays).
+        ``optimisers``, ``decodings``, ``ties`` and, with classes, ``guidance`` (the arguments of
+        each), ``order`` (the names of the arrays).
     """
     checks.integer("seed", seed, 0)
     if trees.check_dtype("dtype", dtype).kind == "c":
@@ -263,7 +298,8 @@ def make_from(
         Its dropout is ignored.
     params : dict
     batch : dict
-        ``tokens``, ``targets`` and ``mask``, integers [batch, length], as `draw` makes them.
+        ``tokens``, ``targets`` and ``mask``, integers [batch, length], and of a model with classes
+        ``labels`` [batch], as `draw` makes them.
     seed : int, optional
         For the metadata.
     dtype : float64 or float32
@@ -281,6 +317,7 @@ def make_from(
     params = trees.map_leaves(lambda leaf: leaf.astype(np.float64), params)
     model.check_inputs(params, batch["tokens"])
     checks.token_ids("targets", batch["targets"], model.vocab_size)
+    model.check_labels(batch.get("labels"), len(batch["tokens"]))
     arrays = {
         **_named("params", params),
         **{f"input/{name}": array for name, array in batch.items()},
@@ -296,7 +333,7 @@ def make_from(
         raise ValueError(f"activations: none is called {' or '.join(activations)}")
     metadata = {
         "format": "marref golden vectors 1",
-        "config": dataclasses.asdict(model),
+        "config": model.as_dict(),
         "seed": seed,
         "versions": {"marref": marref.__version__, "numpy": np.__version__},
         "conventions": CONVENTIONS,
@@ -305,6 +342,9 @@ def make_from(
         "ties": TIES,
         "order": list(arrays),
     }
+    if model.num_classes is not None:
+        metadata["conventions"] = CONVENTIONS | CLASS_CONVENTIONS
+        metadata["guidance"] = GUIDANCE
     return arrays, metadata
 
 
@@ -324,7 +364,7 @@ def _named(section: str, tree: Tree) -> dict[str, Array]:
 
 
 def _forward(model: MAR, params: Tree, batch: dict[str, Array]) -> dict[str, Array]:
-    named = trace.activations(model, params, batch["tokens"])
+    named = trace.activations(model, params, batch["tokens"], batch.get("labels"))
     return {f"activations/{name}": array for name, array in named.items()}
 
 
@@ -338,7 +378,7 @@ class _Passes(NamedTuple):
 
 
 def _passes(model: MAR, params: Tree, batch: dict[str, Array]) -> _Passes:
-    logits, cache = model.forward(params, batch["tokens"])
+    logits, cache = model.forward(params, batch["tokens"], labels=batch.get("labels"))
     value, loss_cache = loss.forward(logits, batch["targets"], batch["mask"])
     dlogits = loss.backward(loss_cache)
     return _Passes(value, cache, dlogits, model.backward(params, dlogits, cache))
@@ -360,7 +400,7 @@ def _last_layer_first(model: MAR, params: Tree, passes: _Passes) -> dict[str, Ar
         arrays |= after(f"blocks.{index}.output", dx, f"blocks.{index}.")
         dx, _ = block.backward(params["blocks"][index], dx, cache["blocks"][index])
     dx = dropout.backward(dx, cache["embedding_dropout"])
-    return arrays | after("embedding", dx, "embedding.")
+    return arrays | after("embedding", dx, "class_embedding.", "embedding.")
 
 
 def _schedules() -> dict[str, Array]:
@@ -400,15 +440,17 @@ def _optimise(
 def _decode(
     model: MAR, params: Tree, batch: dict[str, Array], name: str, options: dict[str, Any]
 ) -> dict[str, Array]:
-    known = name == "decode/known"
+    known = name.endswith("/known")
     start = batch["tokens"][:2] if known else np.zeros((1, model.seq_len), np.int64)
+    labels = batch["labels"][: len(start)] if name.startswith("guidance/") else None
     if name.startswith("ties/"):
         params = {**params, "head": _saturated(params["head"])}
     tokens, steps = decoding.iterative_decode(
-        model, params, tokens=start, return_steps=True, **options
+        model, params, tokens=start, labels=labels, return_steps=True, **options
     )
     return {
         f"{name}/start": start,
+        **({} if labels is None else {f"{name}/labels": labels}),
         **{f"{name}/steps/{key}": steps[key] for key in ("confidence", "tokens", "mask")},
         f"{name}/tokens": tokens,
     }

@@ -20,7 +20,7 @@ from marref import trees
 from marref.trees import Array
 from marref.verify import faults, golden, measure
 from marref.verify.comparison import Comparison, Golden, Row, budgets_by_array, row_of
-from marref.verify.faults import CATALOGUE, STAGES, Fault
+from marref.verify.faults import STAGES, Fault
 from marref.verify.rounding import EPSILON
 
 _T = TypeVar("_T")
@@ -47,14 +47,19 @@ _SECTIONS = {
     "loss": ("loss", *_AFTER_LOSS),
     "gradients": _AFTER_LOSS,
     "optimiser": _AFTER_LOSS[1:],
-    "decoding": ("schedule/", "decode/", "ties/"),
+    "decoding": ("schedule/", "decode/", "ties/", "guidance/"),
+    "guidance": ("guidance/",),
     "masking": (),
 }
 """The sections that the faults of a stage can change; those of other stages can change any."""
 
-_STAGES = {"loss": ("loss",), **dict.fromkeys(("schedule", "decode", "ties"), ("decoding",))}
+_STAGES = {
+    "loss": ("loss",),
+    **dict.fromkeys(("schedule", "decode", "ties"), ("decoding",)),
+    "guidance": ("decoding", "guidance"),
+}
 """Where a section's faults are; of other sections, anywhere."""
-LATE = (*golden.OPTIMISERS, "schedule", "decode", "ties")
+LATE = (*golden.OPTIMISERS, "schedule", "decode", "ties", "guidance")
 """Sections whose steps or integers differ by much where what comes before differs by little."""
 _STAGE_OF = {fault: stage for stage, of_stage in STAGES.items() for fault in of_stage}
 
@@ -220,10 +225,11 @@ class Search:
 
     def _candidates(self) -> list[Fault]:
         """List the faults to try; where the evidence is thin, those of the section itself."""
+        found = faults.of_model(self.golden_vectors.model)
         if not self.thin:
-            return list(CATALOGUE.values())
+            return found
         stages = _STAGES.get(self.first.split("/")[0], tuple(STAGES))
-        return [fault for stage in stages for fault in STAGES[stage]]
+        return [fault for fault in found if _STAGE_OF[fault] in stages]
 
     def _sets(self, size: int) -> list[Together]:
         """Choose the sets of so many faults to try; see the head of this module."""
@@ -328,7 +334,7 @@ class Search:
                 rate = golden.OPTIMISERS[section]["learning_rate"]
                 whole_steps = 2.0 * rate * int(name.split("/")[1])
                 budgets[name] = max(budgets[name], whole_steps / _NEAR)
-            elif section == "decode":
+            elif section in ("decode", "guidance"):
                 budgets[name] = math.inf
         return budgets
 

@@ -11,6 +11,7 @@ from marref.fast import loss_and_grads
 from marref.layers import (
     attention,
     block,
+    class_embedding,
     dropout,
     embedding,
     feed_forward,
@@ -27,7 +28,7 @@ from marref.verify.gradients import METHODS, check_gradients, check_layer
 BOUNDS = {"complex-step": 1e-12, "central": 1e-6}
 """The largest error that passes, relative to the largest entry of the gradient."""
 
-_BATCH, _LENGTH, _FEATURES, _HEADS, _VOCAB = 2, 5, 8, 2, 7
+_BATCH, _LENGTH, _FEATURES, _HEADS, _VOCAB, _CLASSES = 2, 5, 8, 2, 7, 3
 _EPSILON, _DROPOUT = 1e-5, 0.2
 
 
@@ -54,7 +55,7 @@ class _Layer(NamedTuple):
 
 
 def run(seed: int = 0) -> Iterator[Row]:
-    """Check all layers, the loss, and a small model with dropout.
+    """Check all layers, the loss, and a small model with dropout and classes.
 
     Parameters
     ----------
@@ -88,6 +89,7 @@ def random_like(params: Tree, rng: np.random.Generator, std: float = 0.5) -> Tre
 def _layers(rng: np.random.Generator) -> dict[str, _Layer]:
     x = rng.normal(size=(_BATCH, _LENGTH, _FEATURES))
     tokens = rng.integers(_VOCAB, size=(_BATCH, _LENGTH))
+    labels = rng.integers(_CLASSES, size=_BATCH, endpoint=True)
     layer = functools.partial(_layer, x, rng)
     keep = dropout.draw(rng, x.shape, _DROPOUT)
     of_block = functools.partial(
@@ -103,6 +105,11 @@ def _layers(rng: np.random.Generator) -> dict[str, _Layer]:
             lambda point: embedding.forward(point, tokens, "concatenated"),
             embedding.backward,
             random_like(embedding.init(rng, _VOCAB, _FEATURES, 1.0), rng),
+        ),
+        "classes": layer(
+            class_embedding.init(rng, _CLASSES, _FEATURES, 1.0),
+            lambda params, x: class_embedding.forward(params, x, labels),
+            class_embedding.backward,
         ),
         "linear": layer(linear.init(rng, _FEATURES, 3, 1.0), linear.forward, linear.backward),
         "layer_norm": layer(
@@ -195,14 +202,18 @@ def _check_model(rng: np.random.Generator) -> Iterator[Row]:
         num_heads=_HEADS,
         seq_len=_LENGTH,
         dropout=0.1,
+        num_classes=_CLASSES,
     )
     params = random_like(model.init(rng), rng)
     targets = rng.integers(1, _VOCAB, size=(_BATCH, _LENGTH))
     tokens, mask = mask_tokens(targets, 0.6, rng)
-    _, grads = loss_and_grads(model, params, tokens, targets, mask, np.random.default_rng(0))
+    labels = np.array([1, _CLASSES])
+    _, grads = loss_and_grads(
+        model, params, tokens, targets, mask, np.random.default_rng(0), labels=labels
+    )
 
     def function(moved: Tree) -> Any:
-        logits, _ = model.forward(moved, tokens, np.random.default_rng(0))
+        logits, _ = model.forward(moved, tokens, np.random.default_rng(0), labels)
         return mar_loss(logits, targets, mask)
 
     errors = {method: check_gradients(function, params, grads, method=method) for method in METHODS}

@@ -4,7 +4,9 @@ from marref.model import MAR
 from marref.trees import Array, Tree
 
 
-def activations(model: MAR, params: Tree, tokens: Array) -> dict[str, Array]:
+def activations(
+    model: MAR, params: Tree, tokens: Array, labels: Array | None = None
+) -> dict[str, Array]:
     """Run the model without dropout and name what it computes.
 
     Parameters
@@ -12,13 +14,16 @@ def activations(model: MAR, params: Tree, tokens: Array) -> dict[str, Array]:
     model : MAR
     params : dict
     tokens : integer array [batch, length]
+    labels : integer array [batch], optional
 
     Returns
     -------
     dict of str to array
-        In the order of computation; ``<i>`` counts the blocks from 0:
+        In the order of computation; ``<i>`` counts the blocks from 0, and ``class_embedding``,
+        what is added at every position, is there where the model has classes:
 
         ``embedding``                            [batch, length, embed_dim]
+        ``class_embedding``                      [batch, embed_dim]
         ``blocks.<i>.attention_norm``            [batch, length, embed_dim]
         ``blocks.<i>.attention.query``           [batch, num_heads, length, head_dim]
         ``blocks.<i>.attention.key``             [batch, num_heads, length, head_dim]
@@ -34,8 +39,10 @@ def activations(model: MAR, params: Tree, tokens: Array) -> dict[str, Array]:
         ``final_norm``                           [batch, length, embed_dim]
         ``logits``                               [batch, length, vocab_size]
     """
-    logits, cache = model.forward(params, tokens)
+    logits, cache = model.forward(params, tokens, labels=labels)
     named = {"embedding": cache["embedding"]["output"]}
+    if model.num_classes is not None:
+        named["class_embedding"] = cache["class_embedding"]["output"]
     for index, block in enumerate(cache["blocks"]):
         attention, feed_forward = block["attention"], block["feed_forward"]
         of_block = {

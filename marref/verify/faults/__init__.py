@@ -20,9 +20,11 @@ True
 True
 """
 
+from marref.model import MAR
 from marref.verify.faults import (
     attention,
     block,
+    classes,
     decoding,
     embedding,
     feed_forward,
@@ -33,10 +35,11 @@ from marref.verify.faults import (
 )
 from marref.verify.faults.fault import Fault, applied, compatible
 
-__all__ = ["CATALOGUE", "STAGES", "Fault", "applied", "compatible"]
+__all__ = ["CATALOGUE", "OF_CLASSES", "STAGES", "Fault", "applied", "compatible", "of_model"]
 
 STAGES: dict[str, tuple[Fault, ...]] = {
     "embedding and head": tuple(embedding.fault),
+    "classes": tuple(classes.fault),
     "layer norm": tuple(layer_norm.fault),
     "linear layers": tuple(feed_forward.linear_fault),
     "attention": tuple(attention.fault),
@@ -46,9 +49,19 @@ STAGES: dict[str, tuple[Fault, ...]] = {
     "gradients": tuple(gradients.fault),
     "optimiser": tuple(optimiser.fault),
     "decoding": tuple(decoding.fault),
+    "guidance": tuple(classes.guidance_fault),
     "masking": tuple(decoding.mask_fault),
 }
 """The faults by stage, in the order of the pipeline."""
 
+OF_CLASSES = frozenset((*classes.fault, *classes.guidance_fault))
+"""The faults that models without classes cannot have."""
+
 CATALOGUE: dict[str, Fault] = {fault.name: fault for faults in STAGES.values() for fault in faults}
 """Every fault by its name, in the order of the pipeline."""
+
+
+def of_model(model: MAR) -> list[Fault]:
+    """List the faults that a model can have, in the order of the pipeline."""
+    has_classes = model.num_classes is not None
+    return [fault for fault in CATALOGUE.values() if has_classes or fault not in OF_CLASSES]

@@ -141,9 +141,9 @@ masks_hidden.wraps(softmax_backward)(
 
 
 @masks_hidden.wraps(MAR.forward)
-def _(old: Any, model: MAR, params: Tree, tokens: Any, rng: Any = None) -> Any:
+def _(old: Any, model: MAR, params: Tree, tokens: Any, rng: Any = None, labels: Any = None) -> Any:
     with _hiding_masks(tokens):
-        return old(model, params, tokens, rng)
+        return old(model, params, tokens, rng, labels)
 
 
 @masks_hidden.wraps(MAR.backward)

@@ -108,11 +108,15 @@ def _(old: Any, predict_at: PredictAt, tokens: Array, rule: Rule, rng: Any, dtyp
     unknown = tokens == rule.mask_token_id
     predictions = [(tokens, np.ones(tokens.shape, dtype))]
 
-    def predict_all(tokens: Array, masked: Array, uniforms: Array | None) -> tuple[Array, Array]:
+    def predict_all(
+        tokens: Array, masked: Array, uniforms: Array | None, scale: Array
+    ) -> tuple[Array, Array]:
         predicted = np.where(unknown & ~masked, predictions[-1][0], tokens)
         log_confidence = np.zeros(tokens.shape, dtype)
         uniforms = None if rng is None else rng.random(unknown.sum())
-        predicted[unknown], log_confidence[unknown] = predict_at(predicted, unknown, uniforms)
+        predicted[unknown], log_confidence[unknown] = predict_at(
+            predicted, unknown, uniforms, scale
+        )
         predictions.append((predicted, np.exp(log_confidence)))
         return predicted[masked], log_confidence[masked]
 

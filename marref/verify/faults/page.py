@@ -1,5 +1,6 @@
 """docs/mistakes.md, written from the catalogue."""
 
+import dataclasses
 import math
 import re
 from collections.abc import Mapping
@@ -7,7 +8,7 @@ from collections.abc import Mapping
 from marref.model import MAR
 from marref.trees import Array, Tree
 from marref.verify import faults, golden, measure
-from marref.verify.faults import CATALOGUE, STAGES, Fault
+from marref.verify.faults import CATALOGUE, OF_CLASSES, STAGES, Fault
 
 VISIBLE = 1e-9
 """The relative difference that counts, to the largest entry of an array."""
@@ -26,8 +27,9 @@ of a comparison does it and the other does not. Each has a name in the
 {example}
 ```
 
-*First to differ* is the first array of the golden vectors (`marref golden`, preset tiny) that is
-off by more than 1e-9 of its largest entry, and by how much. Gradients follow the mistaken forward
+*First to differ* is the first array of the golden vectors (`marref golden`, preset tiny, for
+*classes* and *guidance* with `num_classes` 3) that is off by more than 1e-9 of its largest entry,
+and by how much. Gradients follow the mistaken forward
 pass, as they do in a framework with autodiff; the stage *gradients* is for those who write them
 by hand. A mistake that is not here: [add a fault](add-a-fault.md).
 """
@@ -49,13 +51,15 @@ def page(first: Mapping[str, tuple[str, float]]) -> str:
 
 def first_differences() -> dict[str, tuple[str, float]]:
     """Find for each fault which array of the tiny golden vectors differs first."""
-    model = golden.PRESETS["tiny"]
-    params, batch = golden.draw(model, seed=0)
-    right = golden.compute(model, params, batch)
-    return {
-        name: first_difference(fault, model, params, batch, right)
-        for name, fault in CATALOGUE.items()
-    }
+    plain = golden.PRESETS["tiny"]
+    found = {}
+    for model in (plain, dataclasses.replace(plain, num_classes=3)):
+        params, batch = golden.draw(model, seed=0)
+        right = golden.compute(model, params, batch)
+        for name, fault in CATALOGUE.items():
+            if (fault in OF_CLASSES) == (model is not plain):
+                found[name] = first_difference(fault, model, params, batch, right)
+    return found
 
 
 def first_difference(

@@ -73,7 +73,9 @@ def hints(
     case = _case(golden_vectors, arrays, comparison, row)
     setting = "/".join(row.name.split("/")[:2])
     subject = (
-        f"your decoder, in {setting}," if setting.startswith("decode/") else f"your {row.name}"
+        f"your decoder, in {setting},"
+        if setting.startswith(("decode/", "guidance/"))
+        else f"your {row.name}"
     )
     return tuple(found.sentence(subject) for found in _found(case, faulty)[:MOST])
 
@@ -135,7 +137,7 @@ def _found(case: Case, faulty: bool) -> list[Finding]:
     if broken is not None:
         return [broken]
     section = case.name.split("/")[0]
-    if section == "decode":
+    if section in ("decode", "guidance"):
         return decoder.decoder(case)
     if section == "schedule":
         return _some(decoder.counts(case))

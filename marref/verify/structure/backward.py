@@ -13,7 +13,7 @@ import numpy as np
 from scipy.special import ndtr
 
 from marref import loss, trees
-from marref.layers import attention, layer_norm, linear
+from marref.layers import attention, class_embedding, embedding, layer_norm, linear
 from marref.trees import Array, Tree
 from marref.verify.structure.evidence import Case, Finding
 
@@ -75,7 +75,7 @@ def _fits_block(case: Case, pushed: Pushed) -> bool:
 def _candidates(case: Case) -> Iterator[Pushed]:
     leaf = case.name.partition("/")[2]
     model, params, batch = case.vectors.model, case.vectors.params, case.vectors.batch
-    logits, cache = model.forward(params, batch["tokens"])
+    logits, cache = model.forward(params, batch["tokens"], labels=batch.get("labels"))
     dlogits = loss.backward(loss.forward(logits, batch["targets"], batch["mask"])[1])
     dhead, _ = linear.backward(params["head"], dlogits, cache["head"])
     if leaf.startswith(("head", "logits", "final_norm")):
@@ -103,9 +103,12 @@ def _seen(
     arrays[f"activation_gradients/blocks.{index}.output"] = dy
     if index == 0:
         arrays["activation_gradients/embedding"] = dx
-        table = np.zeros_like(params["embedding"]["table"])
-        np.add.at(table, case.vectors.batch["tokens"], dx)
-        arrays["gradients/embedding.table"] = table
+        of_tables = {"embedding": embedding.backward(params["embedding"], dx, cache["embedding"])}
+        if "class_embedding" in cache:
+            _, of_tables["class_embedding"] = class_embedding.backward(
+                params["class_embedding"], dx, cache["class_embedding"]
+            )
+        arrays |= {f"gradients/{name}": grad for name, grad in trees.flatten(of_tables).items()}
     return Pushed(f"is what the backward pass makes {words}", arrays)
 
 

@@ -15,7 +15,7 @@ from marref.trees import Array
 from marref.verify import measure
 from marref.verify.structure import layers
 from marref.verify.structure.evidence import Case, Finding
-from marref.verify.structure.sources import normalise
+from marref.verify.structure.sources import normalise, stream
 
 _MOST_STAGES = 14
 
@@ -128,15 +128,20 @@ def _computed(case: Case, name: str, known: dict[str, Array], rows: slice) -> Ar
         normalised = normalise(x, model.layer_norm_epsilon)
         return np.asarray(normalised * leaves[f"{layer}.scale"] + leaves[f"{layer}.bias"])
 
+    if name == "class_embedding":
+        return case.activations[name][rows]
     if name == "final_norm":
         return norm(name, at(f"blocks.{model.num_layers - 1}.output"))
     if name == "logits":
         return linear("head", "final_norm")
     index, _, part = name.removeprefix("blocks.").partition(".")
     block = f"blocks.{index}"
-    before = f"blocks.{int(index) - 1}.output" if int(index) else "embedding"
+
+    def before() -> Array:
+        return stream(at, case.activations, int(index))
+
     steps: dict[str, Callable[[], Array]] = {
-        "attention_norm": lambda: norm(name, at(before)),
+        "attention_norm": lambda: norm(name, before()),
         "attention.weights": lambda: attention.softmax(
             at(f"{block}.attention.query")
             @ at(f"{block}.attention.key").mT
@@ -146,14 +151,14 @@ def _computed(case: Case, name: str, known: dict[str, Array], rows: slice) -> Ar
             at(f"{block}.attention.weights") @ at(f"{block}.attention.value")
         ),
         "attention.output": lambda: linear(name, f"{block}.attention.context"),
-        "feed_forward_norm": lambda: norm(name, at(before) + at(f"{block}.attention.output")),
+        "feed_forward_norm": lambda: norm(name, before() + at(f"{block}.attention.output")),
         "feed_forward.up": lambda: linear(name, f"{block}.feed_forward_norm"),
         "feed_forward.activation": lambda: gelu.forward(at(f"{block}.feed_forward.up"), model.gelu)[
             0
         ],
         "feed_forward.down": lambda: linear(name, f"{block}.feed_forward.activation"),
         "output": lambda: (
-            at(before) + at(f"{block}.attention.output") + at(f"{block}.feed_forward.down")
+            before() + at(f"{block}.attention.output") + at(f"{block}.feed_forward.down")
         ),
     }
     if part in ("attention.query", "attention.key", "attention.value"):

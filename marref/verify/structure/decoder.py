@@ -14,11 +14,11 @@ from marref.verify.structure.evidence import Case, Finding
 
 def decoder(case: Case) -> list[Finding]:
     """Say what can be seen in the steps of one decoding setting."""
-    setting = case.name.split("/")[1]
+    setting = "/".join(case.name.split("/")[:2])
     steps = {
         key: np.asarray(case.arrays[name])
         for key in ("tokens", "mask", "confidence")
-        if (name := f"decode/{setting}/steps/{key}") in case.arrays
+        if (name := f"{setting}/steps/{key}") in case.arrays
     }
     found = [
         *_changed(case, setting, steps.get("tokens"), steps.get("mask")),
@@ -132,28 +132,30 @@ def _counts(case: Case, setting: str, mask: Array | None) -> list[str]:
 
 def _known(case: Case, setting: str) -> list[str]:
     """Name the schedules that have the counts of all settings given that ask for the same one."""
-    kind = golden.DECODINGS[setting].get("schedule", "cosine")
+    section, _, name = setting.partition("/")
+    settings = golden.decoder_sections(case.vectors.model)[section]
+    kind = settings[name].get("schedule", "cosine")
     alike = [
-        (other, revealed)
-        for other, options in golden.DECODINGS.items()
-        if options.get("schedule", "cosine") == kind and f"decode/{other}/steps/mask" in case.arrays
-        for revealed in _all_revealed(case, other)
+        (options["num_steps"], revealed)
+        for other, options in settings.items()
+        if options.get("schedule", "cosine") == kind
+        and f"{section}/{other}/steps/mask" in case.arrays
+        for revealed in _all_revealed(case, f"{section}/{other}")
     ]
     return [
         words
         for words, schedule in _SCHEDULES.items()
         if all(
-            schedule(masked, golden.DECODINGS[other]["num_steps"]).tolist() == yours
-            for other, (yours, _, masked) in alike
+            schedule(masked, num_steps).tolist() == yours for num_steps, (yours, _, masked) in alike
         )
     ][:2]
 
 
 def _all_revealed(case: Case, setting: str) -> Iterator[tuple[list[int], list[int], int]]:
     """For each sequence, the numbers revealed in its steps, the golden ones, and their sum."""
-    name = f"decode/{setting}/steps/mask"
+    name = f"{setting}/steps/mask"
     yours, right = (np.asarray(x[name]).astype(bool) for x in (case.arrays, case.vectors.arrays))
-    started = np.asarray(case.vectors.arrays[f"decode/{setting}/start"]) == 0
+    started = np.asarray(case.vectors.arrays[f"{setting}/start"]) == 0
     for row, masked in enumerate(started):
         counts = [_revealed(mask[:, row], masked) for mask in (yours, right)]
         # Sequences with fewer masked positions have no steps at the end.
@@ -174,14 +176,14 @@ def _list(numbers: list[int]) -> str:
 
 def _order(case: Case, setting: str, mask: Array | None) -> list[str]:
     """Say by what order positions were revealed, where the counts are right."""
-    expected = np.asarray(case.vectors.arrays[f"decode/{setting}/steps/mask"]).astype(bool)
+    expected = np.asarray(case.vectors.arrays[f"{setting}/steps/mask"]).astype(bool)
     if mask is None or mask.shape != expected.shape or np.array_equal(mask, expected):
         return []
     mask = mask.astype(bool)
     if not np.array_equal(mask.sum(axis=2), expected.sum(axis=2)) or len(mask) < 2:
         return []
-    started = np.asarray(case.vectors.arrays[f"decode/{setting}/start"]) == 0
-    confidence = case.arrays.get(f"decode/{setting}/steps/confidence")
+    started = np.asarray(case.vectors.arrays[f"{setting}/start"]) == 0
+    confidence = case.arrays.get(f"{setting}/steps/confidence")
     reading, backwards, lowest = True, True, confidence is not None
     before = started
     for step, after in enumerate(mask):
@@ -209,8 +211,8 @@ def _order(case: Case, setting: str, mask: Array | None) -> list[str]:
 def _confidences(case: Case, setting: str, confidence: Array | None) -> list[str]:
     if confidence is None:
         return []
-    expected = np.asarray(case.vectors.arrays[f"decode/{setting}/steps/confidence"])
-    name = f"decode/{setting}/steps/confidence"
+    expected = np.asarray(case.vectors.arrays[f"{setting}/steps/confidence"])
+    name = f"{setting}/steps/confidence"
     budget = next((row.budget for row in case.comparison.rows if row.name == name), 0.0)
     yours = confidence.astype(np.float64)
     sentences = []
@@ -230,13 +232,19 @@ def _confidences(case: Case, setting: str, confidence: Array | None) -> list[str
 def _other_setting(case: Case, setting: str, first: Array, budget: float) -> str:
     """Name the setting with which the first step's confidences are yours."""
     words = {
-        "cosine-3": "temperature 1",
-        "cold": "temperature 0.5",
-        "hot": "temperature 2",
-        "plain": "[MASK] in the softmax",
+        "decode/cosine-3": "temperature 1",
+        "decode/cold": "temperature 0.5",
+        "decode/hot": "temperature 2",
+        "decode/plain": "[MASK] in the softmax",
     }
+    if setting.startswith("guidance/"):
+        words = {
+            "guidance/class": "guidance_scale 1",
+            "guidance/constant": "constant guidance",
+            "decode/cosine-3": "no class",
+        }
     for other, what in words.items():
-        array = case.vectors.arrays.get(f"decode/{other}/steps/confidence")
+        array = case.vectors.arrays.get(f"{other}/steps/confidence")
         if other == setting or array is None or array[0].shape != first.shape:
             continue
         if np.abs(first - np.asarray(array[0], np.float64)).max() <= 2 * budget:
@@ -246,9 +254,9 @@ def _other_setting(case: Case, setting: str, first: Array, budget: float) -> str
 
 def _changed(case: Case, setting: str, steps: Array | None, masks: Array | None) -> list[str]:
     """Say which tokens were changed that stood, or left out."""
-    start = np.asarray(case.vectors.arrays[f"decode/{setting}/start"])
+    start = np.asarray(case.vectors.arrays[f"{setting}/start"])
     known = start != 0
-    result = case.arrays.get(f"decode/{setting}/tokens")
+    result = case.arrays.get(f"{setting}/tokens")
     states = ([] if steps is None else list(steps)) + ([] if result is None else [result])
     sentences = []
     counts = [int((np.asarray(state)[known] != start[known]).sum()) for state in states]

@@ -83,7 +83,8 @@ class Case:
     def activations(self) -> dict[str, Array]:
         """All golden activations by name, float64, in the order of computation."""
         vectors = self.vectors
-        return trace.activations(vectors.model, vectors.params, vectors.batch["tokens"])
+        inputs = vectors.batch["tokens"], vectors.batch.get("labels")
+        return trace.activations(vectors.model, vectors.params, *inputs)
 
     def tolerance(self, candidate: Array) -> float:
         """How far yours may be from a candidate: a larger array has larger errors."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from marref.verify import measure
-from marref.verify.structure import backward
+from marref.verify.structure import backward, classes
 from marref.verify.structure.evidence import Candidates, Case, Finding, named
 
 SECTIONS = ("gradients", "activation_gradients")
@@ -68,6 +68,9 @@ def of_gradient(case: Case) -> Finding | None:
     leaf = case.name.partition("/")[2]
     if leaf == "embedding.table":
         found = case.fitting(_table_candidates(case))
+        return found or backward.found(case)
+    if leaf == "class_embedding.table":
+        found = case.fitting(classes.gradient_candidates(case))
         return found or backward.found(case)
     found = case.fitting(_bias_candidates(case)) if leaf.endswith(".bias") else None
     return found or backward.found(case)

@@ -6,11 +6,12 @@ Every candidate is computed from golden arrays, with one thing changed; its clau
 import re
 from collections.abc import Callable
 
-from marref.verify.structure import attending, embeddings, functions, linear, norms, sums
+from marref.verify.structure import attending, classes, embeddings, functions, linear, norms, sums
 from marref.verify.structure.evidence import Candidates, Case, Finding
 
 _CANDIDATES: dict[str, Callable[[Case, str, str], Candidates]] = {
     r"embedding": embeddings.candidates,
+    r"class_embedding": classes.candidates,
     r"logits|attention\.(query|key|value|output)|feed_forward\.(up|down)": linear.candidates,
     r"(attention|feed_forward|final)_norm": norms.candidates,
     r"attention\.weights": attending.weights,

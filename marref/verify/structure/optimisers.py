@@ -223,8 +223,10 @@ def _gradients(case: Case, params: dict[str, Array]) -> dict[str, Array]:
     """Compute the gradients as golden vectors do: those of the key biases are 0."""
     batch = case.vectors.batch
     tokens, targets, mask = (batch[name] for name in ("tokens", "targets", "mask"))
-    model, tree = case.vectors.model, trees.unflatten(params)
-    grads = trees.flatten(marref.loss_and_grads(model, tree, tokens, targets, mask)[1])
+    model, tree, labels = case.vectors.model, trees.unflatten(params), batch.get("labels")
+    grads = trees.flatten(
+        marref.loss_and_grads(model, tree, tokens, targets, mask, labels=labels)[1]
+    )
     return {
         name: np.zeros_like(grad) if name.endswith("attention.key.bias") else grad
         for name, grad in grads.items()

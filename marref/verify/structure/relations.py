@@ -265,8 +265,10 @@ def axes(case: Case) -> tuple[str, ...]:
         if count == 4:
             last = ("query", "key") if name.endswith("weights") else ("position", "feature")
             return ("sequence", "head", *last)
+        if count == 2:
+            return ("sequence", "feature")
         return ("sequence", "position", "id" if name.endswith("logits") else "feature")
     feature = "id" if "head." in name else "feature"
     if name.endswith("table"):
-        return ("id", "feature")
+        return ("class" if "class_embedding" in name else "id", "feature")
     return ("input", feature)[2 - count :]

@@ -1,5 +1,7 @@
 """The golden arrays that a candidate is computed from."""
 
+from collections.abc import Callable, Container
+
 import numpy as np
 
 from marref.trees import Array
@@ -15,10 +17,18 @@ def streams(case: Case) -> dict[str, Array]:
     return {**case.activations, **within}
 
 
+def stream(at: Callable[[str], Array], known: Container[str], index: int) -> Array:
+    """Add up what a block reads: the output of the one before, or the embeddings."""
+    if index:
+        return at(f"blocks.{index - 1}.output")
+    x = at("embedding")
+    return x + at("class_embedding")[:, np.newaxis] if "class_embedding" in known else x
+
+
 def input_of(case: Case, block: str) -> Array:
     """Return what a block reads."""
     index = int(block.split(".")[1])
-    return case.activations[f"blocks.{index - 1}.output" if index else "embedding"]
+    return stream(case.activations.__getitem__, case.activations, index)
 
 
 def after_attention(case: Case, block: str) -> Array:
