@@ -34,7 +34,7 @@ def loss(path: Path, history: list[StepRecord]) -> None:
 
 
 def samples(path: Path, real: Array, generated: Array) -> None:
-    """Draw real and generated images side by side, in two squares."""
+    """Draw real and generated images side by side, in two squares: of 100, ten in a row."""
     figure = Figure(figsize=(9, 4.8), layout="constrained")
     for axes, tokens, title in zip(
         figure.subplots(1, 2), (real, generated), ("real (held out)", "generated"), strict=True

@@ -1,4 +1,5 @@
 import csv
+import itertools
 import os
 import re
 import shutil
@@ -10,7 +11,8 @@ import numpy as np
 import pytest
 
 import marref
-from marref import cli, demo, files
+from marref import cli, data, demo, files
+from marref.demo import quality
 from marref.verify import golden, self_check
 
 
@@ -40,7 +42,7 @@ def test_check_fails_if_a_gradient_does(capsys, monkeypatch, error):
 @pytest.fixture
 def tiny(monkeypatch):
     """A demo of a moment, in this process."""
-    monkeypatch.setattr(demo, "NUM_GENERATED", 4)
+    monkeypatch.setattr(demo, "NUM_OF_EACH", 2)
     return ["demo", "--quick", "--steps", "2"]
 
 
@@ -50,8 +52,10 @@ def test_demo_writes_what_it_says_and_can_be_repeated(tiny, tmp_path, capsys):
     printed = capsys.readouterr().out
     for ratio in ("0.25", "0.50", "0.75", "1.00"):
         assert re.search(rf"^ +{ratio} +\d\.\d+ +\d\.\d+$", printed, re.MULTILINE)
+    assert re.search(r"sees the digit that was asked for in \d+% of 20;\n.* right in 99%", printed)
+    assert re.search(r"MMD², unbiased.*: -?0\.\d+; of as many real ones\nit is -?0\.\d+", printed)
     model, _ = marref.load_model(out / "parameters.npz")
-    assert model == demo.QUICK.model
+    assert model == demo.QUICK.config.resolved(demo.digits()[0]).model(18, 10)
     with (out / "history.csv").open() as file:
         history = list(csv.DictReader(file))
     assert [row["step"] for row in history] == ["1", "2"]
@@ -81,6 +85,51 @@ def test_without_the_viz_extra_the_demo_says_what_it_would_add(tiny, tmp_path, c
     assert 'pip install ".[viz]"' in printed
     assert re.search(r"step 2/2: loss \d\.\d+, learning rate \S+, [\d,]+ tokens/s", printed)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["history.csv", "parameters.npz"]
+
+
+def test_the_demo_measures_what_it_is_told_the_class_of():
+    train, held_out = demo.digits()
+    assert (len(train), len(held_out)) == (1500, 297)
+    (examples, classes), (real, real_classes) = map(demo.rows_and_labels, (train, held_out))
+    for rows, labels, expected in zip(
+        (examples, real),
+        (classes, real_classes),
+        zip(data.digits(), data.digit_labels(), strict=True),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(rows, expected[0])
+        np.testing.assert_array_equal(labels, expected[1])
+
+
+def test_two_samples_are_told_apart_and_the_same_are_not():
+    rng = np.random.default_rng(0)
+    x, same, shifted = (rng.normal(mean, 1.0, (60, 5)) for mean in (0.0, 0.0, 1.0))
+    found = quality.two_samples(x, same, np.random.default_rng(1))
+    assert abs(found.statistic) < 3 * found.noise
+    other = quality.two_samples(x, shifted, np.random.default_rng(1))
+    assert other.statistic > 10 * other.noise
+    collapsed = quality.two_samples(np.tile(x[:3], (20, 1)), same, np.random.default_rng(1))
+    assert collapsed.statistic > 5 * collapsed.noise
+
+
+def test_the_two_sample_statistic_is_the_sum_over_pairs_of_different_ones():
+    x, y = np.array([[0.0], [1.0], [3.0]]), np.array([[1.0], [4.0]])
+
+    def k(a, b):
+        # The ten squared distances are 1 9 1 16 4 0 9 4 1 9: the median is 4.
+        return float(np.exp(-((a - b) ** 2).sum() / 4.0))
+
+    within_x = np.mean([k(a, b) for a, b in itertools.permutations(x, 2)])
+    within_y = np.mean([k(a, b) for a, b in itertools.permutations(y, 2)])
+    across = np.mean([k(a, b) for a in x for b in y])
+    found = quality.two_samples(x, y, np.random.default_rng(0))
+    assert found.statistic == pytest.approx(within_x + within_y - 2 * across, rel=1e-12)
+
+
+def test_a_nearest_neighbour_is_one():
+    examples, labels = np.array([[0, 0], [4, 4]]), np.array([7, 3])
+    found = quality.nearest_neighbour_classes(np.array([[1, 2], [3, 3]]), examples, labels)
+    assert found.tolist() == [7, 3]
 
 
 def test_pixels_are_drawn_darker_with_more_ink_and_masks_as_question_marks():

@@ -18,7 +18,7 @@ def add(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="train on 8x8 digits and generate new ones",
-        description="Train on 8x8 digits, measure on held-out ones, and generate new ones.",
+        description="Train on 8x8 digits, measure on held-out ones, and generate a row of each.",
         epilog=_EXAMPLES,
     )
     demo.add_argument("--steps", type=arguments.positive, help="number of training steps")
@@ -35,10 +35,7 @@ def _run(parsed: argparse.Namespace) -> int:
 
     settings = demo.QUICK if parsed.quick else demo.DEFAULT
     if parsed.steps is not None:
-        settings = dataclasses.replace(
-            settings,
-            num_steps=parsed.steps,
-            warmup_steps=min(settings.warmup_steps, parsed.steps - 1),
-        )
+        config = dataclasses.replace(settings.config, num_steps=parsed.steps)
+        settings = dataclasses.replace(settings, config=config)
     demo.run(settings, parsed.out, parsed.seed)
     return 0
