@@ -1,4 +1,5 @@
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -82,6 +83,44 @@ def test_gathered_logits_predict_what_all_logits_predict(tmp_path):
     assert 0 < masked.sum() < masked.numel()
     torch.testing.assert_close(found, expected)
     assert torch.equal(predicted_at_masked[masked], predicted[masked])
+
+
+LOOP = next(case for case in cases.quick_cases() if case.task == "loop")
+
+
+def test_a_loop_of_torch_does_what_marrefs_does():
+    pytest.importorskip("torch")
+    agreements, (result,) = measuring.measure([LOOP], rounds=1)
+    assert [row.contestant for row in agreements] == [cases.GATHERED, cases.MARREF]
+    assert max(row.gradients for row in agreements) < 1e-12
+    assert max(row.loss_after for row in agreements) < 1e-12
+    assert tuple(result.seconds) == LOOP.contestants
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["max_norm", "weight_decay", "learning_rate", "average_decay", "warmup_steps", "num_steps"],
+)
+def test_a_loop_of_torch_that_differs_in_an_option_is_seen(tmp_path, option):
+    pytest.importorskip("torch")
+    from benchmarks.contestants import in_torch
+
+    measuring.write_arrays(dataclasses.replace(LOOP, dtype="float64", dropout=0.0), tmp_path)
+    losses = []
+    with np.load(tmp_path / measuring.ARRAYS) as read:
+        arrays = dict(read)
+    for factor in (1.0, 0.5):
+        options = json.loads(str(arrays["options"]))
+        options["max_norm"] = 0.5
+        options[option] *= factor
+        options["warmup_steps"] = int(options["warmup_steps"]) if option == "warmup_steps" else 0
+        changed = {**arrays, "options": np.array(json.dumps(options))}
+        task = in_torch.Loop(dataclasses.replace(LOOP, dtype="float64"), changed, "plain")
+        task.model.eval()
+        for number in range(cases.CHECKED_STEPS):
+            task.given_step(number)
+        losses.append(np.array(task.losses()))
+    assert np.abs(losses[0] / losses[1] - 1).max() > 10 * measuring.TOLERANCES["float64"]
 
 
 def test_a_contestant_that_fails_its_check_is_not_measured(monkeypatch):

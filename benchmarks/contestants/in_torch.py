@@ -1,5 +1,7 @@
 """MAR as a PyTorch user writes it: eager and compiled, head everywhere or where masked."""
 
+import json
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import numpy as np
@@ -8,8 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor import config as inductor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from benchmarks.cases import CONFIGS, LEARNING_RATE, MASK_TOKEN, Case
+from benchmarks.cases import CHECKED_STEPS, CONFIGS, LEARNING_RATE, MASK_TOKEN, Case
 from benchmarks.contestants import layout
 
 Array = npt.NDArray[np.generic]
@@ -173,6 +178,93 @@ class Training:
         return loss.item(), layout.split({name: view.numpy() for name, view in views})
 
 
+class Loop:
+    """A step of a training loop as users write one, with the head everywhere or gathered.
+
+    Of what they write the faster: AdamW and clipping are fused, the average goes over all
+    parameters in one call.
+    """
+
+    def __init__(self, case: Case, arrays: Mapping[str, Array], variant: str):
+        self.model = MAR(case, arrays)
+        options = json.loads(str(arrays["options"]))
+        self.max_norm, self.batch_size = options["max_norm"], case.batch
+        parameters = list(self.model.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2]},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=options["learning_rate"], weight_decay=options["weight_decay"], fused=True
+        )
+        warmup, total = options["warmup_steps"], options["num_steps"]
+        self.scheduler = LambdaLR(self.optimizer, lambda step: warmup_cosine(step, warmup, total))
+        self.average = AveragedModel(
+            self.model, multi_avg_fn=get_ema_multi_avg_fn(options["average_decay"])
+        )
+        # The first update would copy the parameters; ours is an average from the start.
+        self.average.n_averaged += 1
+        self.gathered = variant == "gathered"
+        self.data = 1 + torch.from_numpy(arrays["ids"])
+        given = ("tokens", "targets", "mask")
+        self.batch = [torch.from_numpy(arrays[name]) for name in given]
+        self.given = [
+            [torch.from_numpy(arrays[f"{name}/{number}"]) for name in given]
+            for number in range(CHECKED_STEPS)
+        ]
+
+    def run(self) -> None:
+        """Take one step."""
+        self._step(*self._draw())
+
+    def given_step(self, number: int) -> None:
+        """Take one step on the batch that marref draws for it."""
+        self._step(*self.given[number])
+
+    def _draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        targets = self.data[torch.randint(len(self.data), (self.batch_size,))]
+        counts = (torch.rand(self.batch_size) * targets.shape[1]).round().clamp(min=1)
+        order = torch.rand(targets.shape).argsort(1)
+        mask = order < counts[:, None]
+        return targets.masked_fill(mask, MASK_TOKEN), targets, mask
+
+    def _step(self, tokens: Tensor, targets: Tensor, mask: Tensor) -> None:
+        self.optimizer.zero_grad()
+        self._loss(self.model, tokens, targets, mask).backward()
+        clip_grad_norm_(self.model.parameters(), self.max_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.average.update_parameters(self.model)
+
+    def _loss(self, model: MAR, tokens: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        if self.gathered:
+            rows = masked_rows(mask)
+            return model.loss_at_rows(tokens, rows, targets.flatten()[rows])
+        return F.cross_entropy(model(tokens)[mask], targets[mask])
+
+    def loss_and_gradients(self) -> tuple[float, dict[str, Array]]:
+        """Loss, and gradients by marref's names."""
+        self.optimizer.zero_grad()
+        loss = self._loss(self.model, *self.batch)
+        loss.backward()
+        views = self.model.views(lambda parameter: parameter.grad)
+        return loss.item(), layout.split({name: view.numpy() for name, view in views})
+
+    def losses(self) -> list[float]:
+        """Loss of the parameters, and of their average."""
+        pair = self.model, self.average.module
+        return [self._loss(model, *self.batch).item() for model in pair]
+
+
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Return what the peak of the learning rate is multiplied with."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    # Measuring may go on when the schedule has ended.
+    progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
 class Decoding:
     """Generate from nothing, with logits at all positions or at the masked ones."""
 
@@ -231,4 +323,4 @@ class Product:
         self.left @ self.right
 
 
-TASKS = {"training": Training, "decoding": Decoding, "product": Product}
+TASKS = {"training": Training, "loop": Loop, "decoding": Decoding, "product": Product}
