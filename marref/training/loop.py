@@ -17,6 +17,7 @@ import numpy.typing as npt
 from marref import chance, checks, masking, optim, trees
 from marref.data import Dataset
 from marref.fast import adam_step, loss_and_grads
+from marref.fast.optim import run_step
 from marref.masking import mask_tokens, sample_mask_ratio
 from marref.model import MAR, check_model
 from marref.training.config import Config
@@ -214,19 +215,24 @@ def step(
     """
     start = time.perf_counter()
     batch = _batch(config, dataset, number)
+    rate = config.learning_rate_at(number)
     with _divergence_named(number):
         loss, grads = _loss_and_grads(config, model, state.params, batch, number)
-        grads, grad_norm = optim.clip_by_global_norm(grads, config.max_norm)
-    rate = config.learning_rate_at(number)
-    _decay(state.params, 1.0 - rate * config.weight_decay, config.decay)
-    params, optimiser = adam_step(
-        state.params, grads, state.optimiser, rate, num_threads=config.num_threads
-    )
-    if state.average is not None and config.average_decay:
-        _move(state.average, params, 1.0 - config.average_decay)
+        optimiser, grad_norm = run_step(
+            state.params,
+            grads,
+            state.optimiser,
+            state.average,
+            rate,
+            max_norm=config.max_norm,
+            weight_decay=config.weight_decay,
+            decay=config.decay,
+            average_decay=config.average_decay or 0.0,
+            num_threads=config.num_threads,
+        )
     speed = batch.targets.size / (time.perf_counter() - start)
     record = StepRecord(number + 1, loss, grad_norm, rate, speed)
-    return State(params, optimiser, state.average), record
+    return State(state.params, optimiser, state.average), record
 
 
 class _Batch(NamedTuple):
@@ -276,26 +282,10 @@ def _loss_and_grads(
         share = int(mask.sum()) / num_masked
         loss += share * float(part_loss)
         for name, grad in trees.flatten(grads).items():
-            grad *= share
+            if share < 1.0:
+                grad *= share
             sums[name] = sums[name] + grad if part else grad
     return loss, trees.unflatten(sums)
-
-
-def _decay(params: Tree, factor: float, decay: str) -> None:
-    """Multiply what decays: Adam's own part of a step does not depend on the parameters.
-
-    θ - η(m̂/(√v̂ + ε) + λθ) = (1 - ηλ)θ - η m̂/(√v̂ + ε)
-    """
-    for leaf in trees.flatten(params).values():
-        if decay == "all" or leaf.ndim >= 2:
-            leaf *= factor
-
-
-def _move(average: Tree, params: Tree, share: float) -> None:
-    """Take the average a to a + (1 - d)(θ - a), in place."""
-    leaves = trees.flatten(params)
-    for name, mean in trees.flatten(average).items():
-        mean += share * (leaves[name] - mean)
 
 
 @contextlib.contextmanager
