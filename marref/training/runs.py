@@ -51,7 +51,8 @@ __all__ = [
 FORMAT = "marref-run-1"
 VALIDATION_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """The mask ratios over which the validation is the mean."""
-_VALIDATION_SEQUENCES = 256
+VALIDATION_SEQUENCES = 256
+"""How many sequences at most it is computed over."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,7 +338,7 @@ def _job(dataset: Dataset, out: Path, config: Config) -> _Job:
     train, held_out = dataset, None
     if config.validation_fraction:
         train, validation = dataset.split(config.validation_fraction, config.seed)
-        held_out = spread(validation, _VALIDATION_SEQUENCES)
+        held_out = spread(validation, VALIDATION_SEQUENCES)
     return _Job(out, config, model, train, held_out, dataset.codec.as_dict())
 
 
