@@ -595,7 +595,7 @@ def test_a_misspelt_option_names_the_nearest():
 def test_options_that_are_given_are_not_resolved():
     given = changed(learning_rate=0.5, warmup_steps=0, average_decay=0.0, seq_len=20)
     assert given.resolved(DATASET) == given
-    found = changed(num_steps=1000, num_threads=None).resolved(DATASET)
+    found = changed(embed_dim=24, num_steps=1000, num_threads=None).resolved(DATASET)
     assert (found.seq_len, found.warmup_steps, found.average_decay) == (8, 50, 0.99)
     assert found.learning_rate == pytest.approx(4e-3)
     assert found.num_threads == 1
