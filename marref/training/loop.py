@@ -182,16 +182,18 @@ def init(config: Config, model: MAR) -> State:
 
     Notes
     -----
-    Key kernels start as their query kernels, so that q·k is largest between inputs that are alike.
-    The positions being the largest part of the first input, attention starts near its own place,
-    from where it finds neighbours soon; from independent kernels it starts anywhere, and on text a
-    model stays for long where it knows no more than how often each token occurs (docs/training.md
-    has numbers).  Trockman and Kolter 2023 (arXiv 2305.09828) found W_Q W_Kᵀ near the identity in
-    trained models, and started from there.
+    Query kernels are drawn twice as large, and key kernels start as their query kernels, so that
+    q·k is largest between inputs that are alike.  The positions being the largest part of the first
+    input, attention starts near its own place, from where it finds neighbours soon; from
+    independent kernels it starts anywhere, and on text a model stays for long where it knows no
+    more than how often each token occurs.  Trockman and Kolter 2023 (arXiv 2305.09828) found
+    W_Q W_Kᵀ near the identity in trained models, and started from there; the factor 2 is measured
+    in docs/training.md.
     """
     rng = chance.generator(config.seed, "parameters")
     params = model.init(rng, config.dtype, std=config.embed_dim**-0.5)
     for block in params["blocks"]:
+        block["attention"]["query"]["kernel"] *= 2.0
         block["attention"]["key"]["kernel"][...] = block["attention"]["query"]["kernel"]
     average = trees.map_leaves(np.copy, params) if config.average_decay else None
     return State(params, optim.init(params), average)
