@@ -1,6 +1,7 @@
 """What is measured: the configurations, the contestants, and the cases."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 
@@ -9,8 +10,9 @@ LEARNING_RATE = 1e-3
 MASK_RATIO = 0.5
 MASK_TOKEN = 0
 
-# Of the loop: its length, which the learning rate's schedule and the average follow from; the
+# Of the loop: the mean of the ratios 1 - cos(πu/2) that it draws; its length, which the learning rate's schedule and the average follow from; the
 # sequences that it draws from; and the steps that contestants are checked by.
+LOOP_MASK_RATIO = 1 - 2 / math.pi
 LOOP_STEPS = 1000
 LOOP_SEQUENCES = 1024
 CHECKED_STEPS = 3

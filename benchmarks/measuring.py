@@ -19,6 +19,7 @@ from benchmarks.cases import (
     CHECKED_STEPS,
     CONFIGS,
     EAGER,
+    LOOP_MASK_RATIO,
     LOOP_SEQUENCES,
     LOOP_STEPS,
     MARREF,
@@ -299,7 +300,8 @@ def _measure_case(
                     busy.append(team.ask("measure", turn))
         memory = {name: int(answer) for name, answer in team.ask("memory").items()}
     say(f"{progress} {case.name}: {time.perf_counter() - started:.0f} s")
-    flops = needed_flops(case, round(MASK_RATIO * case.seq_len), _reveal_counts(case).tolist())
+    mask_ratio = LOOP_MASK_RATIO if case.task == "loop" else MASK_RATIO
+    flops = needed_flops(case, round(mask_ratio * case.seq_len), _reveal_counts(case).tolist())
     seconds, busy_seconds = (
         {name: [answers[name] for answers in measured] for name in memory}
         for measured in (alone, busy)

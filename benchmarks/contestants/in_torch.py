@@ -235,8 +235,9 @@ class Trainer:
 
 
 def draw_masks(targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Mask sequences, each to a ratio of its own, every ratio being as likely as another."""
-    counts = (torch.rand(len(targets)) * targets.shape[1]).round().clamp(min=1)
+    """Mask sequences, each to a ratio 1 - cos(πu/2) of its own."""
+    ratio = 1.0 - torch.cos(0.5 * math.pi * torch.rand(len(targets)))
+    counts = (ratio * targets.shape[1]).round().clamp(min=1)
     mask = torch.rand(targets.shape).argsort(1) < counts[:, None]
     return targets.masked_fill(mask, MASK_TOKEN), targets, mask
 

@@ -54,8 +54,8 @@ class Config:
         the initial parameters: after n steps these still have the weight dⁿ in it.  0: no average.
         ``None``: 1 - 10/num_steps, at most 0.9999, which leaves them about e⁻¹⁰.
     mask_schedule : str
-        See `marref.masking.sample_mask_ratio`.  Every ratio is as likely as another by default:
-        generating goes through all of them.
+        See `marref.masking.sample_mask_ratio`.  The default is MAR's specification.  It favours
+        small ratios, from which more is learnt: docs/training.md compares it with "uniform".
     mask_per : {"sequence", "batch"}
         What has a mask ratio of its own: every sequence, or every step.
     dtype : {"float32", "float64"}
@@ -93,7 +93,7 @@ class Config:
     max_norm: float = 1.0
     label_smoothing: float = 0.0
     average_decay: float | None = None
-    mask_schedule: str = "uniform"
+    mask_schedule: str = "one-minus-cosine"
     mask_per: str = "sequence"
     dtype: str = "float32"
     seed: int = 0
