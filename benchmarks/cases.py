@@ -10,8 +10,9 @@ LEARNING_RATE = 1e-3
 MASK_RATIO = 0.5
 MASK_TOKEN = 0
 
-# Of the loop: the mean of the ratios 1 - cos(πu/2) that it draws; its length, which the learning rate's schedule and the average follow from; the
-# sequences that it draws from; and the steps that contestants are checked by.
+# Of the loop: the mean of the ratios 1 - cos(πu/2) that it draws; its length, which the learning
+# rate's schedule and the average follow from; the sequences that it draws from; and the steps that
+# contestants are checked by.
 LOOP_MASK_RATIO = 1 - 2 / math.pi
 LOOP_STEPS = 1000
 LOOP_SEQUENCES = 1024
