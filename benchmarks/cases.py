@@ -1,6 +1,7 @@
 """What is measured: the configurations, the contestants, and the cases."""
 
 import dataclasses
+import math
 import os
 from collections.abc import Sequence
 
@@ -8,6 +9,14 @@ NUM_STEPS = 8
 LEARNING_RATE = 1e-3
 MASK_RATIO = 0.5
 MASK_TOKEN = 0
+
+# Of the loop: the mean of the ratios 1 - cos(πu/2) that it draws; its length, which the learning
+# rate's schedule and the average follow from; the sequences that it draws from; and the steps that
+# contestants are checked by.
+LOOP_MASK_RATIO = 1 - 2 / math.pi
+LOOP_STEPS = 1000
+LOOP_SEQUENCES = 1024
+CHECKED_STEPS = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,6 +72,7 @@ CONTESTANTS = {
 # In training "torch.compile" is gathered too.
 IN_TRAINING = (EAGER, GATHERED, FUSED, COMPILED, AUTOTUNED, JAX, MARREF, BEST)
 IN_DECODING = (EAGER, GATHERED, COMPILED, COMPILED_GATHERED, AUTOTUNED, JAX, MARREF, BEST)
+IN_LOOP = (EAGER, GATHERED, MARREF)
 IN_FLOAT64 = (EAGER, GATHERED, MARREF, BEST)
 THREE = (EAGER, MARREF, BEST)
 
@@ -73,11 +83,12 @@ class Case:
 
     Parameters
     ----------
-    section : {"training", "decoding", "length", "batch", "neighbour", "product"}
+    section : {"training", "loop", "decoding", "length", "batch", "neighbour", "product"}
         Where the report shows it.
     name : str
-    task : {"training", "decoding", "product"}
-        A training step, a whole decode, or the product of two square matrices.
+    task : {"training", "loop", "decoding", "product"}
+        Gradients and Adam; all that a step of a training loop does; a whole decode; or the product
+        of two square matrices.
     contestants : sequence of str
     config : str
         A key of `CONFIGS`.
@@ -116,6 +127,8 @@ def all_cases() -> list[Case]:
         ("small", 64, "float64"),
     ):
         cases += [_training(config, batch, dtype, dropout) for dropout in (0.0, 0.1)]
+    for config, batch in (("seed", 4), ("seed", 16), ("small", 64)):
+        cases += [_loop(config, batch, dropout) for dropout in (0.0, 0.1)]
     for dtype in ("float32", "float64"):
         for config in ("seed", "small"):
             for batch in (1, 16):
@@ -137,6 +150,7 @@ def quick_cases() -> list[Case]:
         _product("float64", 512),
         dataclasses.replace(training, contestants=untuned),
         _training("tiny", 2, "float64", 0.0),
+        _loop("tiny", 2, 0.1),
         _decoding("tiny", 2, "float32"),
         _decoding("tiny", 2, "float64"),
         _growth("length", "tiny", 8, 2),
@@ -162,6 +176,14 @@ def _training(config: str, batch: int, dtype: str, dropout: float) -> Case:
         dtype=dtype,
         dropout=dropout,
         calls=1 if config == "seed" else 4,
+    )
+
+
+def _loop(config: str, batch: int, dropout: float) -> Case:
+    training = _training(config, batch, "float32", dropout)
+    name = training.name.replace("training", "loop")
+    return dataclasses.replace(
+        training, section="loop", name=name, task="loop", contestants=IN_LOOP
     )
 
 
@@ -205,13 +227,13 @@ def needed_flops(case: Case, num_masked: int, reveal_counts: Sequence[int]) -> f
     ----------
     case : Case
     num_masked : int
-        Masked positions of a sequence in training.
+        Masked positions of a sequence in training, on average.
     reveal_counts : sequence of int
         What each step of decoding reveals.
     """
     if case.task == "product":
         return 2.0 * case.seq_len**3
-    if case.task == "training":
+    if case.task in ("training", "loop"):
         return 3.0 * _forward_flops(case, num_masked)
     first, *others = (sum(reveal_counts[step:]) for step in range(len(reveal_counts)))
     return _forward_flops(dataclasses.replace(case, batch=1), first) + sum(

@@ -16,7 +16,7 @@ LIMIT = "physical limit"
 PEER = "peer at its best"
 FAILED = "failed"
 MIB = 2**20
-SECTIONS = {"training": "Training", "decoding": "Decoding"}
+SECTIONS = {"training": "Training", "loop": "The training loop", "decoding": "Decoding"}
 GROWTHS = {"length": "Growth with length", "batch": "Growth with batch size"}
 
 

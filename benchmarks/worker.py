@@ -21,9 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.cases import CONTESTANTS, Case
-
-CHECKED_STEPS = 3
+from benchmarks.cases import CHECKED_STEPS, CONTESTANTS, Case
 
 
 def main() -> None:
@@ -48,8 +46,8 @@ def main() -> None:
                 task.run()
             answer = (time.perf_counter() - start) / case.calls
         elif command == "check":
-            outcome = _decoded(task) if case.task == "decoding" else _trained(task)
-            np.savez(Path(argument) / f"{name}.npz", **outcome)
+            outcome = {"training": _trained, "loop": _looped, "decoding": _decoded}[case.task]
+            np.savez(Path(argument) / f"{name}.npz", **outcome(task))
             answer = 0
         else:
             answer = memory("VmHWM") - baseline
@@ -67,6 +65,15 @@ def _trained(task: Any) -> dict[str, np.ndarray]:
     for _ in range(CHECKED_STEPS):
         task.run()
     return {"loss": loss, "loss_after": task.loss_and_gradients()[0], **arrays}
+
+
+def _looped(task: Any) -> dict[str, np.ndarray]:
+    """Do so too, by steps on given batches; the loss after them also of the average."""
+    loss, gradients = task.loss_and_gradients()
+    arrays = {f"gradients/{name}": np.array(leaf) for name, leaf in gradients.items()}
+    for number in range(CHECKED_STEPS):
+        task.given_step(number)
+    return {"loss": loss, "loss_after": np.array(task.losses()), **arrays}
 
 
 def memory(field: str) -> int:

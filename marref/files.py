@@ -210,6 +210,7 @@ def save(
     metadata: dict[str, Any],
     *,
     compressed: bool = True,
+    check: Callable[[Path], object] | None = None,
 ) -> None:
     """Write named arrays and metadata to one file, the same bytes for the same content.
 
@@ -223,6 +224,8 @@ def save(
         Whatever JSON can hold.
     compressed : bool
         Of ``.npz``.  Parameters hardly shrink, and take many times as long to compress.
+    check : callable, optional
+        Called with what was written, before it gets its name; if it raises, it never does.
 
     Raises
     ------
@@ -240,17 +243,18 @@ def save(
     for name in _RESERVED & arrays.keys():
         raise ValueError(f"arrays: the name {name!r} is reserved")
     text = json.dumps(metadata)
-    if _is_safetensors(path):
-        from safetensors.numpy import save as to_bytes
+    with replacing(path) as temporary:
+        if _is_safetensors(path):
+            from safetensors.numpy import save as to_bytes
 
-        whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
-        content = to_bytes(whole, {_SAFETENSORS_KEY: text})
-        with replacing(path) as temporary:
-            temporary.write_bytes(content)
-    else:
-        members: dict[str, Any] = {**arrays, _METADATA: np.frombuffer(text.encode(), np.uint8)}
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            (np.savez_compressed if compressed else np.savez)(file, **members)
+            whole = {name: np.asarray(array, order="C") for name, array in arrays.items()}
+            temporary.write_bytes(to_bytes(whole, {_SAFETENSORS_KEY: text}))
+        else:
+            members: dict[str, Any] = {**arrays, _METADATA: np.frombuffer(text.encode(), np.uint8)}
+            with temporary.open("wb") as file:
+                (np.savez_compressed if compressed else np.savez)(file, **members)
+        if check is not None:
+            check(temporary)
 
 
 def load(

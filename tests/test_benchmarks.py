@@ -1,4 +1,7 @@
+import argparse
 import dataclasses
+import importlib.util
+import json
 import re
 from pathlib import Path
 
@@ -82,6 +85,67 @@ def test_gathered_logits_predict_what_all_logits_predict(tmp_path):
     assert 0 < masked.sum() < masked.numel()
     torch.testing.assert_close(found, expected)
     assert torch.equal(predicted_at_masked[masked], predicted[masked])
+
+
+LOOP = dataclasses.replace(
+    next(case for case in cases.quick_cases() if case.task == "loop"), dtype="float64", dropout=0.0
+)
+
+
+@pytest.fixture
+def arrays_of_loop(tmp_path):
+    pytest.importorskip("torch")
+    measuring.write_arrays(LOOP, tmp_path)
+    with np.load(tmp_path / measuring.ARRAYS) as arrays:
+        return dict(arrays)
+
+
+def losses_after_given_steps(task):
+    for number in range(cases.CHECKED_STEPS):
+        task.given_step(number)
+    return np.array(task.losses())
+
+
+@pytest.mark.parametrize("variant", ["plain", "gathered"])
+def test_a_loop_of_torch_does_what_marrefs_does(arrays_of_loop, variant):
+    from benchmarks.contestants import in_numpy, in_torch
+
+    # Made first, since marref writes over the arrays.
+    found = losses_after_given_steps(in_torch.Loop(LOOP, arrays_of_loop, variant))
+    expected = losses_after_given_steps(in_numpy.Loop(LOOP, arrays_of_loop, "default"))
+    np.testing.assert_allclose(found, expected, rtol=1e-12)
+    assert len({*expected}) == 2
+
+
+def test_a_loop_draws_its_own_batches(arrays_of_loop):
+    from benchmarks.contestants import in_numpy, in_torch
+
+    for task in (
+        in_numpy.Loop(LOOP, arrays_of_loop, "default"),
+        in_torch.Loop(LOOP, arrays_of_loop, "plain"),
+    ):
+        before = task.losses()
+        task.run()
+        task.run()
+        assert task.losses() != before
+
+
+@pytest.mark.parametrize(
+    "option",
+    ["max_norm", "weight_decay", "learning_rate", "average_decay", "warmup_steps", "num_steps"],
+)
+def test_a_loop_of_torch_that_differs_in_an_option_is_seen(arrays_of_loop, option):
+    from benchmarks.contestants import in_torch
+
+    options = {**json.loads(str(arrays_of_loop["options"])), "max_norm": 0.5}
+    if option != "warmup_steps":
+        options["warmup_steps"] = 0
+    losses = []
+    for value in (options[option], options[option] // 2 or options[option] / 2):
+        told = np.array(json.dumps({**options, option: value}))
+        task = in_torch.Loop(LOOP, {**arrays_of_loop, "options": told}, "plain")
+        losses.append(losses_after_given_steps(task))
+    assert np.abs(losses[0] / losses[1] - 1).max() > 10 * measuring.TOLERANCES["float64"]
 
 
 def test_a_contestant_that_fails_its_check_is_not_measured(monkeypatch):
@@ -264,3 +328,94 @@ def test_a_mistake_in_torch_is_named_and_a_perturbation_is_not():
     assert case.answer == "right"
     patient = perturbations.Patient("feed_forward.up-scaled", 2, "float32")
     assert patient.judged("logits + loss + gradients").names in ("none", "coarser")
+
+
+# A text, learnt by both.
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory):
+    """What both make of a short text in a moment; the run of marref."""
+    pytest.importorskip("torch")
+    from benchmarks import text
+
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "text.txt").write_text("the lazy dog, and the quick brown foxes jump over it\n" * 60)
+    dataset = text.data.load(folder / "text.txt", length=16)
+    config = text.Config(
+        embed_dim=16,
+        num_layers=1,
+        num_heads=2,
+        batch_size=8,
+        num_threads=1,
+        dropout=0.0,
+        learning_rate=0.01,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text.runs, "VALIDATION_SEQUENCES", 16)
+        patch.setattr(text, "steps_in", lambda *_: 200)
+        patch.setattr(importlib.util, "find_spec", lambda name: None)
+        both = (
+            text.in_marref(dataset, config, 1.0, folder / "run"),
+            text.in_torch(dataset, config, 1.0),
+        )
+    return dataset, config.resolved(dataset), folder / "run", both
+
+
+def test_marref_and_torch_learn_a_text_alike(learnt):
+    from benchmarks import text
+
+    dataset, options, _, (marref, torch) = learnt
+    unigram = text.unigram_bits(dataset, options)
+    assert 4.0 < unigram < 5.0
+    assert (marref.num_steps, torch.num_steps) == (200, 200)
+    assert len(marref.bits) == len(torch.bits) == 5
+    assert np.mean(marref.bits) == pytest.approx(np.mean(torch.bits), rel=0.1)
+    assert max(np.mean(marref.bits), np.mean(torch.bits)) < unigram
+
+
+def test_both_models_are_the_same_at_the_start(learnt):
+    import torch
+
+    from benchmarks import text
+
+    dataset, options, _, _ = learnt
+    model = options.model(dataset.vocab_size)
+    tokens = dataset.rows([0, 5])
+    expected = model(text.loop.init(options, model).params, tokens)
+    with torch.inference_mode():
+        found = text._torch_model(dataset, options).eval()(torch.from_numpy(tokens)).numpy()
+    np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+
+
+def test_blanks_are_words_in_held_out_windows(learnt):
+    from benchmarks import text
+
+    dataset, options, run, _ = learnt
+    blanks = text.fill_in(dataset, run, 10)
+    assert len(blanks) >= 8
+    for blank in blanks:
+        assert blank.word in text.known_words(dataset, options)
+        assert len(blank.filled) == len(blank.word) >= 4
+        whole = blank.before + blank.word + blank.after
+        assert whole in "the lazy dog, and the quick brown foxes jump over it\n" * 3
+
+
+def test_steps_are_counted_that_fit_beside_ten_validations(monkeypatch):
+    from benchmarks import text
+
+    now = [0.0]
+    monkeypatch.setattr(text.time, "perf_counter", lambda: now[0])
+
+    def takes(seconds):
+        now[0] += seconds
+
+    assert text.steps_in(600.0, lambda _: takes(0.25), lambda: takes(6.0)) == 540 * 4
+
+
+def test_docstrings_that_are_prose_are_collected():
+    from benchmarks import text
+
+    found = list(text._docstrings(Path(argparse.__file__)))
+    assert any(each.startswith("Command-line parsing library\n\nThis module") for each in found)
+    assert min(map(len, found)) > 200

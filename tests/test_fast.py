@@ -18,6 +18,7 @@ import marref
 from marref import decoding, model, optim, trees
 from marref.fast import block, forward, gelu, kernels, memory, packed, parallel, pieces, training
 from marref.fast import decoding as fast_decoding
+from marref.fast import optim as fast_optim
 from marref.layers import attention
 from tests import strategies
 
@@ -711,3 +712,53 @@ def test_memory_is_left_alone_if_that_was_decided_before(monkeypatch):
     monkeypatch.setattr(memory, "_decided", False)
     memory.keep_by_default()
     assert asked
+
+
+@pytest.mark.parametrize("num_threads", [1, 2])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+@pytest.mark.parametrize("decay", ["matrices", "all"])
+@pytest.mark.parametrize("max_norm", [0.5, 1e6])
+def test_a_step_of_a_run_is_its_parts_to_the_bit(monkeypatch, max_norm, decay, dtype, num_threads):
+    monkeypatch.setattr(pieces, "_PIECE", 16)
+    rng = np.random.default_rng(0)
+
+    def draw():
+        return {"w": rng.normal(size=(7, 5)).astype(dtype), "b": [rng.normal(size=3).astype(dtype)]}
+
+    params, average = draw(), draw()
+    state = optim.init(params)
+    ours = [trees.map_leaves(np.copy, tree) for tree in (params, average, state)]
+    for _ in range(3):
+        grads = draw()
+        clipped, expected_norm = optim.clip_by_global_norm(grads, max_norm)
+        for leaf in trees.flatten(params).values():
+            if decay == "all" or leaf.ndim == 2:
+                leaf *= 1.0 - 0.1 * 0.3
+        params, state = marref.adam_step(params, clipped, state, 0.1)
+        for name, mean in trees.flatten(average).items():
+            mean += (1.0 - 0.9) * (trees.flatten(params)[name] - mean)
+        ours[2], norm = fast_optim.run_step(
+            ours[0],
+            grads,
+            ours[2],
+            ours[1],
+            0.1,
+            max_norm=max_norm,
+            weight_decay=0.3,
+            decay=decay,
+            average_decay=0.9,
+            num_threads=num_threads,
+        )
+        assert norm == expected_norm
+    for one, other in zip((params, average, state), ours, strict=True):
+        expected = trees.flatten(one)
+        for name, leaf in trees.flatten(other).items():
+            np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+
+
+def test_a_step_of_a_run_without_an_average_leaves_the_parameters_as_adam_made_them():
+    params, grads = {"w": np.ones((2, 2))}, {"w": np.full((2, 2), 0.1)}
+    options = {"max_norm": 9.0, "weight_decay": 0.0, "decay": "all", "average_decay": 0.0}
+    expected, _ = marref.adam_step(params, grads, optim.init(params), 0.1, in_place=False)
+    fast_optim.run_step(params, grads, optim.init(params), None, 0.1, **options)
+    np.testing.assert_array_equal(params["w"], expected["w"])

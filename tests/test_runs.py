@@ -147,6 +147,21 @@ def test_a_step_is_what_its_options_say(decay):
         np.testing.assert_allclose(leaf, expected[name], rtol=1e-7, atol=1e-9, err_msg=name)
 
 
+def test_keys_start_as_queries_so_that_attention_starts_near_its_own_place():
+    config = changed(embed_dim=32, num_layers=2, num_heads=4).resolved(DATASET)
+    model = config.model(DATASET.vocab_size)
+    state = loop.init(config, model)
+    _, cache = model.forward(state.params, DATASET.rows(np.arange(64)))
+    weights = cache["blocks"][0]["attention"]["weights"]
+    place = np.arange(weights.shape[-1])
+    near = np.abs(place[:, np.newaxis] - place) <= 1
+    assert weights[..., near].sum() / weights.sum() > 2.0 * near.mean()
+    for block in state.params["blocks"]:
+        query, key = (block["attention"][name]["kernel"] for name in ("query", "key"))
+        np.testing.assert_array_equal(query, key)
+        assert not np.shares_memory(query, key)
+
+
 def test_without_an_average_there_is_none_and_the_parameters_stand_for_it():
     state, _ = one_step(changed(average_decay=0.0))
     assert state.average is None
@@ -620,7 +635,7 @@ def test_a_misspelt_option_names_the_nearest():
 def test_options_that_are_given_are_not_resolved():
     given = changed(learning_rate=0.5, warmup_steps=0, average_decay=0.0, seq_len=20)
     assert given.resolved(DATASET) == given
-    found = changed(num_steps=1000, num_threads=None).resolved(DATASET)
+    found = changed(embed_dim=24, num_steps=1000, num_threads=None).resolved(DATASET)
     assert (found.seq_len, found.warmup_steps, found.average_decay) == (8, 50, 0.99)
     assert found.learning_rate == pytest.approx(4e-3)
     assert found.num_threads == 1

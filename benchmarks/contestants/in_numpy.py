@@ -1,5 +1,6 @@
 """marref, without settings and as fast as its settings make it; and NumPy's product."""
 
+import json
 from collections.abc import Mapping
 
 import numpy as np
@@ -7,6 +8,9 @@ import numpy.typing as npt
 
 import marref
 from benchmarks.cases import CONFIGS, LEARNING_RATE, NUM_STEPS, Case
+from marref import data
+from marref.training import loop
+from marref.training.runs import Config
 
 Array = npt.NDArray[np.generic]
 
@@ -61,6 +65,39 @@ class Training:
         return float(loss), marref.trees.flatten(grads)
 
 
+class Loop:
+    """A step of a run: `marref.training.runs` adds to it a line of history, and checkpoints."""
+
+    def __init__(self, case: Case, arrays: Mapping[str, Array], variant: str):
+        self.model, params = _build(case, arrays)
+        self.config = Config.from_dict(json.loads(str(arrays["options"])))
+        codec = data.Ids(CONFIGS[case.config].vocab_size - 1)
+        self.dataset = data.Dataset(arrays["ids"], codec, length=case.seq_len)
+        average = marref.trees.map_leaves(np.copy, params)
+        self.state = loop.State(params, marref.optim.init(params), average)
+        self.batch = arrays["tokens"], arrays["targets"], arrays["mask"]
+        self.number = 0
+
+    def run(self) -> None:
+        """Take one step."""
+        self.given_step(self.number)
+
+    def given_step(self, number: int) -> None:
+        """Take the step of a number, which says what it draws."""
+        self.state, _ = loop.step(self.config, self.model, self.dataset, self.state, number)
+        self.number = number + 1
+
+    def loss_and_gradients(self) -> tuple[float, dict[str, Array]]:
+        """Loss, and gradients by marref's names."""
+        loss, grads = marref.loss_and_grads(self.model, self.state.params, *self.batch)
+        return float(loss), marref.trees.flatten(grads)
+
+    def losses(self) -> list[float]:
+        """Loss of the parameters, and of their average."""
+        pair = self.state.params, self.state.average
+        return [float(marref.loss_and_grads(self.model, tree, *self.batch)[0]) for tree in pair]
+
+
 class Decoding:
     """Generate from nothing."""
 
@@ -96,4 +133,4 @@ class Product:
         self.left @ self.right
 
 
-TASKS = {"training": Training, "decoding": Decoding, "product": Product}
+TASKS = {"training": Training, "loop": Loop, "decoding": Decoding, "product": Product}

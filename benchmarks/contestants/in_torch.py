@@ -1,6 +1,9 @@
 """MAR as a PyTorch user writes it: eager and compiled, head everywhere or where masked."""
 
+import json
+import math
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -8,8 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._inductor import config as inductor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from benchmarks.cases import CONFIGS, LEARNING_RATE, MASK_TOKEN, Case
+from benchmarks.cases import CHECKED_STEPS, CONFIGS, LEARNING_RATE, MASK_TOKEN, Case, Config
 from benchmarks.contestants import layout
 
 Array = npt.NDArray[np.generic]
@@ -75,19 +81,17 @@ class MAR(nn.Module):
 
     positions: Tensor
 
-    def __init__(self, case: Case, arrays: Mapping[str, Array]):
+    def __init__(self, sizes: Config, dropout: float, arrays: Mapping[str, Array]):
         super().__init__()
-        config = CONFIGS[case.config]
-        self.embedding = nn.Embedding(config.vocab_size, config.embed_dim)
+        self.embedding = nn.Embedding(sizes.vocab_size, sizes.embed_dim)
         self.register_buffer("positions", torch.from_numpy(arrays["positions"]))
-        self.dropout = nn.Dropout(case.dropout)
+        self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
-            Block(config.embed_dim, config.num_heads, case.dropout)
-            for _ in range(config.num_layers)
+            Block(sizes.embed_dim, sizes.num_heads, dropout) for _ in range(sizes.num_layers)
         )
-        self.final_norm = nn.LayerNorm(config.embed_dim)
-        self.head = nn.Linear(config.embed_dim, config.vocab_size)
-        self.to(getattr(torch, case.dtype))
+        self.final_norm = nn.LayerNorm(sizes.embed_dim)
+        self.head = nn.Linear(sizes.embed_dim, sizes.vocab_size)
+        self.to(self.positions.dtype)
         for name, view in self.views(lambda parameter: parameter.data):
             view.copy_(torch.from_numpy(layout.read(arrays, name)))
 
@@ -137,11 +141,16 @@ def compiled(function: Callable[..., Tensor], variant: str) -> Callable[..., Ten
     return torch.compile(function) if variant.startswith("compiled") else function
 
 
+def model_of(case: Case, arrays: Mapping[str, Array]) -> MAR:
+    """Make the model of a case."""
+    return MAR(CONFIGS[case.config], case.dropout, arrays)
+
+
 class Training:
     """A step of training, plain, gathered, with fused Adam, or compiled or autotuned besides."""
 
     def __init__(self, case: Case, arrays: Mapping[str, Array], variant: str):
-        self.model = MAR(case, arrays)
+        self.model = model_of(case, arrays)
         self.optimizer = torch.optim.Adam(
             self.model.parameters(), lr=LEARNING_RATE, fused=variant not in ("plain", "gathered")
         )
@@ -173,11 +182,118 @@ class Training:
         return loss.item(), layout.split({name: view.numpy() for name, view in views})
 
 
+class Trainer:
+    """A step of training as users write one, with the head everywhere or gathered.
+
+    Of what they write the faster: AdamW and clipping are fused, the average goes over all
+    parameters in one call.
+
+    Parameters
+    ----------
+    model : MAR
+    options : dict
+        Of a resolved `marref.training.runs.Config`.
+    gathered : bool
+    """
+
+    def __init__(self, model: MAR, options: Mapping[str, Any], gathered: bool):
+        self.model, self.gathered, self.max_norm = model, gathered, options["max_norm"]
+        parameters = list(model.parameters())
+        groups = [
+            {"params": [p for p in parameters if p.ndim >= 2]},
+            {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=options["learning_rate"], weight_decay=options["weight_decay"], fused=True
+        )
+        warmup, total = options["warmup_steps"], options["num_steps"]
+        self.scheduler = LambdaLR(self.optimizer, lambda step: warmup_cosine(step, warmup, total))
+        decay = get_ema_multi_avg_fn(options["average_decay"])
+        self.average = AveragedModel(model, multi_avg_fn=decay)
+        # The first update would copy the parameters; marref's is an average from the start.
+        self.average.n_averaged += 1
+
+    def step(self, targets: Tensor) -> None:
+        """Draw masks, and take a step."""
+        self.given_step(*draw_masks(targets))
+
+    def given_step(self, tokens: Tensor, targets: Tensor, mask: Tensor) -> None:
+        """Take a step on a batch that is masked."""
+        self.optimizer.zero_grad()
+        self.loss(self.model, tokens, targets, mask).backward()
+        clip_grad_norm_(self.model.parameters(), self.max_norm)
+        self.optimizer.step()
+        self.scheduler.step()
+        self.average.update_parameters(self.model)
+
+    def loss(self, model: MAR, tokens: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
+        """Cross-entropy over the masked positions."""
+        if self.gathered:
+            rows = masked_rows(mask)
+            return model.loss_at_rows(tokens, rows, targets.flatten()[rows])
+        return F.cross_entropy(model(tokens)[mask], targets[mask])
+
+
+def draw_masks(targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask sequences, each to a ratio 1 - cos(πu/2) of its own."""
+    ratio = 1.0 - torch.cos(0.5 * math.pi * torch.rand(len(targets)))
+    counts = (ratio * targets.shape[1]).round().clamp(min=1)
+    mask = torch.rand(targets.shape).argsort(1) < counts[:, None]
+    return targets.masked_fill(mask, MASK_TOKEN), targets, mask
+
+
+class Loop:
+    """A step of a training loop: a batch is drawn too."""
+
+    def __init__(self, case: Case, arrays: Mapping[str, Array], variant: str):
+        options = json.loads(str(arrays["options"]))
+        self.trainer = Trainer(model_of(case, arrays), options, variant == "gathered")
+        self.batch_size = case.batch
+        self.data = 1 + torch.from_numpy(arrays["ids"])
+        given = ("tokens", "targets", "mask")
+        self.batch = [torch.from_numpy(arrays[name]) for name in given]
+        self.given = [
+            [torch.from_numpy(arrays[f"{name}/{number}"]) for name in given]
+            for number in range(CHECKED_STEPS)
+        ]
+
+    def run(self) -> None:
+        """Take one step."""
+        self.trainer.step(self.data[torch.randint(len(self.data), (self.batch_size,))])
+
+    def given_step(self, number: int) -> None:
+        """Take one step on the batch that marref draws for it."""
+        self.trainer.given_step(*self.given[number])
+
+    def loss_and_gradients(self) -> tuple[float, dict[str, Array]]:
+        """Loss, and gradients by marref's names."""
+        trainer = self.trainer
+        trainer.optimizer.zero_grad()
+        loss = trainer.loss(trainer.model, *self.batch)
+        loss.backward()
+        views = trainer.model.views(lambda parameter: parameter.grad)
+        return loss.item(), layout.split({name: view.numpy() for name, view in views})
+
+    def losses(self) -> list[float]:
+        """Loss of the parameters, and of their average."""
+        pair = self.trainer.model, self.trainer.average.module
+        return [self.trainer.loss(model, *self.batch).item() for model in pair]
+
+
+def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
+    """Return what the peak of the learning rate is multiplied with."""
+    if step < warmup_steps:
+        return (step + 1) / (warmup_steps + 1)
+    # Measuring may go on when the schedule has ended.
+    progress = min(1.0, (step - warmup_steps) / (total_steps - warmup_steps))
+    return 0.5 * (1.0 + math.cos(math.pi * progress))
+
+
 class Decoding:
     """Generate from nothing, with logits at all positions or at the masked ones."""
 
     def __init__(self, case: Case, arrays: Mapping[str, Array], variant: str):
-        model = MAR(case, arrays).eval()
+        model = model_of(case, arrays).eval()
         self.gathered = variant in ("gathered", "compiled_gathered")
         self.logits = compiled(model.logits_at_rows if self.gathered else model, variant)
         # On a CPU, PyTorch tunes products with constant weights only; its manual says to freeze.
@@ -231,4 +347,4 @@ class Product:
         self.left @ self.right
 
 
-TASKS = {"training": Training, "decoding": Decoding, "product": Product}
+TASKS = {"training": Training, "loop": Loop, "decoding": Decoding, "product": Product}

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 
 import marref
 from marref import checks
-from marref.cli import check, compare, demo, evaluate, golden, sample, train
+from marref.cli import check, compare, demo, evaluate, export, golden, sample, train
 from marref.cli.arguments import Parser, examples
 from marref.cli.completion import SHELLS, PrintCompletion
 
-_COMMANDS = (train, sample, evaluate, demo, check, golden, compare)
+_COMMANDS = (train, sample, evaluate, export, demo, check, golden, compare)
 _SIGPIPE = 13  # which Windows has no name for
 
 

@@ -12,7 +12,8 @@ from marref.data.dataset import Dataset
 from marref.trees import Array
 
 DIGITS = "digits"
-DEFAULT_LENGTH = 256
+# nanoGPT's README trains on a CPU with this block_size.
+DEFAULT_LENGTH = 64
 DEFAULT_LEVELS = 16
 
 _ID_SUFFIXES = (".npy", ".npz", ".bin")
@@ -50,7 +51,7 @@ def load(
         Read the data as these tokens, those of a trained model for instance, in place of ``kind``
         and its options.
     length : int, optional
-        Of the windows of a stream: 256, or a sixteenth of the stream if that is less.  Sequences
+        Of the windows of a stream: 64, or a sixteenth of the stream if that is less.  Sequences
         [n, length] and images have theirs.
     num_ids : int, optional
         Of ids: how many there are.  Without it the data are read once for the largest.

@@ -86,6 +86,118 @@ def adam_step(
     return new["params"], {"step": np.array(t, np.int64), **moments}
 
 
+def run_step(
+    params: Tree,
+    grads: Tree,
+    state: Tree,
+    average: Tree | None,
+    learning_rate: float,
+    *,
+    max_norm: float,
+    weight_decay: float,
+    decay: str,
+    average_decay: float,
+    num_threads: int | None = None,
+) -> tuple[Tree, float]:
+    """Clip, decay, take a step of Adam and move the average: what a run does with gradients.
+
+    Equal, to the bit, to `marref.optim.clip_by_global_norm`, θ ← (1 - ηλ)θ, `adam_step` and
+    a ← a + (1 - d)(θ - a), one after the other; but each piece is brought to the cache once.
+    (Adam's own part does not depend on θ:  θ - η(m̂/(√v̂ + ε) + λθ) = (1 - ηλ)θ - η m̂/(√v̂ + ε).)
+
+    Parameters
+    ----------
+    params, grads, state : dict
+        As in `adam_step`; of one structure, which is not checked.
+    average : dict or None
+        a, a tree like ``params``.
+    learning_rate : float
+        η
+    max_norm : float
+    weight_decay : float
+        λ
+    decay : {"matrices", "all"}
+        What decays: arrays of two axes and more, or every one.
+    average_decay : float
+        d
+    num_threads : int, optional
+
+    Returns
+    -------
+    state : dict
+        Its moments are those given, and written over, as are ``params`` and ``average``.
+    norm : float
+        Of the gradients, before clipping.
+
+    Raises
+    ------
+    FloatingPointError
+        The norm is not finite; nothing was written.
+    """
+    leaves = list(trees.flatten(grads).values())
+    num_threads = parallel.choose(num_threads, sum(g.size for g in leaves), _WORTH_A_THREAD)
+    m, v = state["first_moment"], state["second_moment"]
+    t = int(state["step"]) + 1
+    with parallel.threads(num_threads) as run:
+        norm = math.sqrt(sum(run(_sum_of_squares, leaves)))
+        if not math.isfinite(norm):
+            raise FloatingPointError(f"grads: their norm is {norm}")
+        of_piece = functools.partial(
+            _step_of_piece,
+            clip=min(1.0, max_norm / (norm + 1e-6)),
+            keep=1.0 - learning_rate * weight_decay,
+            keep_from=1 if decay == "all" else 2,
+            share=0.0 if average is None else 1.0 - average_decay,
+            t=t,
+            learning_rate=learning_rate,
+        )
+        parts = pieces(params, grads, m, v, params if average is None else average)
+        run(of_piece, *zip(*parts, strict=True))
+    return {"step": np.array(t, np.int64), "first_moment": m, "second_moment": v}, norm
+
+
+def _sum_of_squares(leaf: Array) -> float:
+    """Do as the definition: of a whole leaf, since the order of a sum decides its last digits."""
+    return float(np.square(leaf, dtype=np.float64).sum())
+
+
+def _step_of_piece(
+    param: Array,
+    grad: Array,
+    m: Array,
+    v: Array,
+    mean: Array,
+    *,
+    clip: float,
+    keep: float,
+    keep_from: int,
+    share: float,
+    t: int,
+    learning_rate: float,
+) -> None:
+    if clip < 1.0:
+        grad = grad * clip
+    if param.ndim >= keep_from:
+        param *= keep
+    _update(
+        param,
+        grad,
+        m,
+        v,
+        param,
+        m,
+        v,
+        t=t,
+        learning_rate=learning_rate,
+        beta1=0.9,
+        beta2=0.999,
+        epsilon=1e-8,
+        weight_decay=0.0,
+    )
+    if share > 0.0:
+        mean += share * (param - mean)
+
+
 def _update(
     param: Array,
     grad: Array,

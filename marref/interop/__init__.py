@@ -10,7 +10,8 @@ and the way back, under the name that the framework has for it: `torch.to_state_
 `flax.to_variables` (linen), `flax.to_pure_dict` (nnx), `axon.to_model_state`.  A gradient has the
 name and layout of its parameter, so all of this holds for gradients too.
 
-`marref.interop.maps` reads and writes names and layouts of your own.
+`marref.interop.maps` reads and writes names and layouts of your own.  `marref.interop.onnx`, which
+has to be imported by itself, writes a model as a graph.
 """
 
 from marref.interop import axon, flax, maps, torch

@@ -22,18 +22,22 @@ class Config:
     Parameters
     ----------
     embed_dim, num_layers, num_heads, dropout, gelu, positions
-        Of the model; see `marref.hyperparameters.Hyperparameters`.
+        Of the model; see `marref.hyperparameters.Hyperparameters`.  The sizes, and no dropout, are
+        those with which nanoGPT's README trains on a CPU, where a run sees its data a few times.
     seq_len : int, optional
         The longest sequence of the model; ``None``: that of the data.
     num_steps : int
+        The default is about ten minutes of two cores for text, with all other defaults; see
+        docs/training.md.
     batch_size : int
-        Sequences that are computed at once.
+        Sequences that are computed at once.  With the default, text has 2,048 tokens a step.
     accumulate : int
         Batches that make up a step.  Its loss is the mean over the masked positions of all of
         them, so that ``accumulate=k`` is a batch that is k times as large, in less memory.
     learning_rate : float, optional
-        The peak; see `marref.optim.warmup_cosine`.  ``None``: 1e-3·√(128/embed_dim), a rule of
-        thumb between a constant and the 1/width of Yang et al. 2022 (muP, arXiv 2203.03466).
+        The peak; see `marref.optim.warmup_cosine`.  ``None``: 1e-3·√(384/embed_dim), which is
+        nanoGPT's for its smallest model (train_shakespeare_char, 384 wide), and scales between a
+        constant and the 1/width of Yang et al. 2022 (muP, arXiv 2203.03466).
     warmup_steps : int, optional
         ``None``: a twentieth of the steps.
     weight_decay : float
@@ -53,8 +57,8 @@ class Config:
         the initial parameters: after n steps these still have the weight dⁿ in it.  0: no average.
         ``None``: 1 - 10/num_steps, at most 0.9999, which leaves them about e⁻¹⁰.
     mask_schedule : str
-        See `marref.masking.sample_mask_ratio`.  Every ratio is as likely as another by default:
-        generating goes through all of them.
+        See `marref.masking.sample_mask_ratio`.  The default is MAR's specification.  It favours
+        small ratios, from which more is learnt: docs/training.md compares it with "uniform".
     mask_per : {"sequence", "batch"}
         What has a mask ratio of its own: every sequence, or every step.
     dtype : {"float32", "float64"}
@@ -78,11 +82,11 @@ class Config:
     embed_dim: int = 128
     num_layers: int = 4
     num_heads: int = 4
-    dropout: float = 0.1
+    dropout: float = 0.0
     gelu: str = "erf"
     positions: str = "concatenated"
     seq_len: int | None = None
-    num_steps: int = 2000
+    num_steps: int = 5000
     batch_size: int = 32
     accumulate: int = 1
     learning_rate: float | None = None
@@ -93,7 +97,7 @@ class Config:
     label_smoothing: float = 0.0
     label_drop: float = 0.1
     average_decay: float | None = None
-    mask_schedule: str = "uniform"
+    mask_schedule: str = "one-minus-cosine"
     mask_per: str = "sequence"
     dtype: str = "float32"
     seed: int = 0
@@ -150,7 +154,7 @@ class Config:
         features = self.batch_size * dataset.length * self.embed_dim
         found: dict[str, Any] = {
             "seq_len": length,
-            "learning_rate": 1e-3 * math.sqrt(128 / self.embed_dim),
+            "learning_rate": 1e-3 * math.sqrt(384 / self.embed_dim),
             "warmup_steps": self.num_steps // 20,
             "average_decay": min(max(0.0, 1.0 - 10.0 / self.num_steps), 0.9999),
             "validate_every": tenth,

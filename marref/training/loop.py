@@ -17,6 +17,7 @@ import numpy.typing as npt
 from marref import chance, checks, masking, optim, trees
 from marref.data import Dataset
 from marref.fast import adam_step, loss_and_grads
+from marref.fast.optim import run_step
 from marref.masking import drop_labels, mask_tokens, sample_mask_ratio
 from marref.model import MAR, check_model
 from marref.training.config import Config
@@ -204,9 +205,22 @@ def init(config: Config, model: MAR) -> State:
     model : MAR
         Kernels and the embedding table are drawn with the standard deviation 1/√embed_dim, which
         lets a narrow model learn; see `MAR.init`.
+
+    Notes
+    -----
+    Query kernels are drawn twice as large, and key kernels start as their query kernels, so that
+    q·k is largest between inputs that are alike.  The positions being the largest part of the first
+    input, attention starts near its own place, from where it finds neighbours soon; from
+    independent kernels it starts anywhere, and on text a model stays for long where it knows no
+    more than how often each token occurs.  Trockman and Kolter 2023 (arXiv 2305.09828) found
+    W_Q W_Kᵀ near the identity in trained models, and started from there; the factor 2 is measured
+    in docs/training.md.
     """
     rng = chance.generator(config.seed, "parameters")
     params = model.init(rng, config.dtype, std=config.embed_dim**-0.5)
+    for block in params["blocks"]:
+        block["attention"]["query"]["kernel"] *= 2.0
+        block["attention"]["key"]["kernel"][...] = block["attention"]["query"]["kernel"]
     average = trees.map_leaves(np.copy, params) if config.average_decay else None
     return State(params, optim.init(params), average)
 
@@ -240,19 +254,24 @@ def step(
     """
     start = time.perf_counter()
     batch = _batch(config, model, dataset, number)
+    rate = config.learning_rate_at(number)
     with _divergence_named(number):
         loss, grads = _loss_and_grads(config, model, state.params, batch, number)
-        grads, grad_norm = optim.clip_by_global_norm(grads, config.max_norm)
-    rate = config.learning_rate_at(number)
-    _decay(state.params, 1.0 - rate * config.weight_decay, config.decay)
-    params, optimiser = adam_step(
-        state.params, grads, state.optimiser, rate, num_threads=config.num_threads
-    )
-    if state.average is not None and config.average_decay:
-        _move(state.average, params, 1.0 - config.average_decay)
+        optimiser, grad_norm = run_step(
+            state.params,
+            grads,
+            state.optimiser,
+            state.average,
+            rate,
+            max_norm=config.max_norm,
+            weight_decay=config.weight_decay,
+            decay=config.decay,
+            average_decay=config.average_decay or 0.0,
+            num_threads=config.num_threads,
+        )
     speed = batch.targets.size / (time.perf_counter() - start)
     record = StepRecord(number + 1, loss, grad_norm, rate, speed)
-    return State(params, optimiser, state.average), record
+    return State(state.params, optimiser, state.average), record
 
 
 class _Batch(NamedTuple):
@@ -308,26 +327,10 @@ def _loss_and_grads(
         share = int(mask.sum()) / num_masked
         loss += share * float(part_loss)
         for name, grad in trees.flatten(grads).items():
-            grad *= share
+            if share < 1.0:
+                grad *= share
             sums[name] = sums[name] + grad if part else grad
     return loss, trees.unflatten(sums)
-
-
-def _decay(params: Tree, factor: float, decay: str) -> None:
-    """Multiply what decays: Adam's own part of a step does not depend on the parameters.
-
-    θ - η(m̂/(√v̂ + ε) + λθ) = (1 - ηλ)θ - η m̂/(√v̂ + ε)
-    """
-    for leaf in trees.flatten(params).values():
-        if decay == "all" or leaf.ndim >= 2:
-            leaf *= factor
-
-
-def _move(average: Tree, params: Tree, share: float) -> None:
-    """Take the average a to a + (1 - d)(θ - a), in place."""
-    leaves = trees.flatten(params)
-    for name, mean in trees.flatten(average).items():
-        mean += share * (leaves[name] - mean)
 
 
 @contextlib.contextmanager

@@ -53,7 +53,8 @@ __all__ = [
 FORMAT = "marref-run-1"
 VALIDATION_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
 """The mask ratios over which the validation is the mean."""
-_VALIDATION_SEQUENCES = 256
+VALIDATION_SEQUENCES = 256
+"""How many sequences at most it is computed over."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -378,7 +379,7 @@ def _job(dataset: Dataset, out: Path, config: Config) -> _Job:
     train, held_out = dataset, None
     if config.validation_fraction:
         train, validation = dataset.split(config.validation_fraction, config.seed)
-        index = spread_index(validation, _VALIDATION_SEQUENCES)
+        index = spread_index(validation, VALIDATION_SEQUENCES)
         held_out = validation.rows(index), validation.labels_at(index)
     return _Job(out, config, model, train, held_out, dataset.codec.as_dict())
 
