@@ -14,6 +14,7 @@ from marref.training import export, runs
 from tests.test_runs import without_pictures
 
 KINDS = [("erf", "concatenated"), ("tanh", "interleaved")]
+PAGE = (Path(__file__).parents[1] / "docs" / "interop.md").read_text("utf-8")
 TEXT = "the quick brown fox jumps over the lazy dog\n" * 20
 
 
@@ -84,6 +85,48 @@ def test_a_state_dict_of_the_average_gives_its_logits_in_torch(run, capsys):
     with torch.no_grad():
         logits = witness(torch.from_numpy(tokens)).numpy()
     assert error_of(logits, model, params, tokens) < 1e-12
+
+
+@pytest.fixture(scope="module")
+def classes(tmp_path_factory):
+    """A run on data with three classes."""
+    tokens = np.random.default_rng(0).integers(0, 5, (30, 6))
+    dataset = data.Dataset(tokens, data.codecs.Ids(5), 6, labels=np.arange(30) % 3)
+    folder = tmp_path_factory.mktemp("classes") / "run"
+    config = runs.Config(embed_dim=16, num_layers=1, num_heads=2, num_steps=4, batch_size=4)
+    with without_pictures():
+        runs.start(dataset, folder, config)
+    return folder
+
+
+def test_a_graph_with_classes_takes_labels(classes):
+    pytest.importorskip("onnx")
+    reference = pytest.importorskip("onnx.reference")
+    assert cli.main(["export", str(classes), str(classes / "model.onnx")]) == 0
+    checkpoint = runs.best(classes)
+    tokens, labels = some_tokens(checkpoint.model, 4, 6), np.arange(4)
+    run = reference.ReferenceEvaluator(str(classes / "model.onnx")).run
+    (logits,) = run(None, {"tokens": tokens, "labels": labels})
+    expected = checkpoint.model(checkpoint.state.averaged, tokens, labels)
+    assert np.abs(logits - expected).max() < 1e-5
+    assert np.abs(expected - checkpoint.model(checkpoint.state.averaged, tokens)).max() > 1e-3
+
+
+def test_a_state_dict_with_classes_gives_marrefs_logits_in_the_program_of_the_page(classes):
+    torch = pytest.importorskip("torch")
+    load_file = pytest.importorskip("safetensors.torch").load_file
+    assert cli.main(["export", str(classes), str(classes / "model.safetensors")]) == 0
+    checkpoint = runs.best(classes)
+    program = re.search(r"^```py\n(.*?)^with safe_open", PAGE, re.MULTILINE | re.DOTALL)[1]
+    names = {}
+    exec(program, names)
+    model = names["MAR"](**export.metadata(checkpoint)["model"]).eval()
+    model.load_state_dict(load_file(classes / "model.safetensors"))
+    tokens, labels = some_tokens(checkpoint.model, 4, 6), np.arange(4)
+    with torch.no_grad():
+        logits = model(torch.from_numpy(tokens), torch.from_numpy(labels)).numpy()
+    expected = checkpoint.model(checkpoint.state.averaged, tokens, labels)
+    assert np.abs(logits - expected).max() < 1e-5
 
 
 @pytest.mark.parametrize(("batch", "length"), [(3, 12), (1, 7), (2, 1)])
@@ -163,9 +206,6 @@ def test_a_state_dict_that_lost_a_bit_gets_no_name(run, tmp_path, capsys, monkey
         "marref: head.bias: the file holds other numbers than the run\n"
     )
     assert list(tmp_path.iterdir()) == []
-
-
-PAGE = (Path(__file__).parents[1] / "docs" / "interop.md").read_text("utf-8")
 
 
 @pytest.fixture

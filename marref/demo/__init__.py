@@ -64,7 +64,7 @@ DEFAULT = Settings(
     ),
     decode_steps=64,
     temperature=1.0,
-    guidance_scale=2.0,
+    guidance_scale=1.5,
 )
 QUICK = dataclasses.replace(
     DEFAULT, config=dataclasses.replace(DEFAULT.config, num_steps=30), decode_steps=8

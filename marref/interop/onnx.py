@@ -2,6 +2,7 @@
 
     tokens int64 [batch, length]  ->  logits float32 [batch, length, vocab_size]
 
+where the model has classes with a second input, labels int64 [batch]; num_classes is "no class".
 Batch and length are free, up to the model's ``seq_len``.  One function below writes one layer of
 `marref.layers`, with the same formula; constants have marref's dotted names, and the outputs of
 the blocks those of their activations (``blocks.0.output``).  The operators are those of opset 17
@@ -84,16 +85,23 @@ def to_model(model: MAR, params: Tree, metadata: dict[str, str] | None = None) -
         raise ValueError(f"params: {size:,} bytes, expected less than {_MOST_BYTES:,} in ONNX")
     graph = _Graph()
     x = _embedding(graph, model, params["embedding"])
+    inputs = {"tokens": ["batch", "length"]}
+    if model.num_classes is not None:
+        x = _class_embedding(graph, params["class_embedding"], x)
+        inputs["labels"] = ["batch"]
     for index, block_params in enumerate(params["blocks"]):
         x = _block(graph, f"blocks.{index}", model, block_params, x)
     x = _layer_norm(graph, "final_norm", model, params["final_norm"], x)
     _linear(graph, "head", params["head"], x, output="logits")
-    tokens = helper.make_tensor_value_info("tokens", TensorProto.INT64, ["batch", "length"])
+    taken = [
+        helper.make_tensor_value_info(name, TensorProto.INT64, shape)
+        for name, shape in inputs.items()
+    ]
     logits = helper.make_tensor_value_info(
         "logits", TensorProto.FLOAT, ["batch", "length", model.vocab_size]
     )
     written = helper.make_model(
-        helper.make_graph(graph.nodes, "MAR", [tokens], [logits], list(graph.constants.values())),
+        helper.make_graph(graph.nodes, "MAR", taken, [logits], list(graph.constants.values())),
         opset_imports=[helper.make_opsetid("", OPSET)],
         ir_version=_IR_VERSION,
         producer_name="marref",
@@ -112,6 +120,13 @@ def _embedding(graph: _Graph, model: MAR, params: Tree) -> str:
     length = graph.node("Shape", "tokens", start=1, end=2)
     reached = graph.node("Slice", positions, graph.integers(0), length, graph.integers(0))
     return graph.node("Add", vectors, reached, name="embedding.output")
+
+
+def _class_embedding(graph: _Graph, params: Tree, x: str) -> str:
+    """y = x + table[labels], at every position."""
+    table = graph.constant("class_embedding.table", params["table"])
+    vectors = graph.node("Gather", table, "labels", axis=0)
+    return graph.node("Add", x, graph.node("Unsqueeze", vectors, graph.integers(1)))
 
 
 def _block(graph: _Graph, name: str, model: MAR, params: Tree, x: str) -> str:

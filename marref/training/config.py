@@ -57,8 +57,8 @@ class Config:
         the initial parameters: after n steps these still have the weight dⁿ in it.  0: no average.
         ``None``: 1 - 10/num_steps, at most 0.9999, which leaves them about e⁻¹⁰.
     mask_schedule : str
-        See `marref.masking.sample_mask_ratio`.  The default is MAR's specification.  It favours
-        small ratios, from which more is learnt: docs/training.md compares it with "uniform".
+        See `marref.masking.sample_mask_ratio`.  Every ratio is as likely as another by default:
+        generating goes through all of them.
     mask_per : {"sequence", "batch"}
         What has a mask ratio of its own: every sequence, or every step.
     dtype : {"float32", "float64"}
@@ -97,7 +97,7 @@ class Config:
     label_smoothing: float = 0.0
     label_drop: float = 0.1
     average_decay: float | None = None
-    mask_schedule: str = "one-minus-cosine"
+    mask_schedule: str = "uniform"
     mask_per: str = "sequence"
     dtype: str = "float32"
     seed: int = 0

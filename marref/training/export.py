@@ -79,14 +79,10 @@ def metadata(checkpoint: Checkpoint) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "step": checkpoint.step,
-        "model": dataclasses.asdict(_model(checkpoint)),
+        "model": checkpoint.model.as_dict(),
         "config": dataclasses.asdict(checkpoint.config),
         "codec": checkpoint.codec,
     }
-
-
-def _model(checkpoint: Checkpoint) -> MAR:
-    return checkpoint.config.model(checkpoint.vocab_size)
 
 
 def _write_torch(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> str:
@@ -115,7 +111,7 @@ def _write_onnx(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> str:
     except ImportError as error:
         raise ImportError('a name in .onnx needs onnx: pip install "marref[onnx]"') from error
     params = trees.map_leaves(lambda leaf: leaf.astype(np.float32), checkpoint.state.averaged)
-    model = _model(checkpoint)
+    model = checkpoint.model
     text = json.dumps(metadata(checkpoint))
     graph = graphs.to_model(model, params, {METADATA_KEY: text})
     with files.replacing(path) as temporary:
@@ -139,7 +135,8 @@ def _check_onnx(model: MAR, params: Tree, path: Path, length: int) -> Row:
 
     vectors = _vectors(model, params, length)
     run: Any = ReferenceEvaluator(os.fspath(path)).run
-    (logits,) = run(None, {"tokens": vectors.batch["tokens"]})
+    inputs = {name: vectors.batch[name] for name in ("tokens", "labels") if name in vectors.batch}
+    (logits,) = run(None, inputs)
     (row,) = compare(vectors, {"activations/logits": logits}, "float32").rows
     if row.verdict not in ("equal", "rounding"):
         raise FloatingPointError(
@@ -150,17 +147,22 @@ def _check_onnx(model: MAR, params: Tree, path: Path, length: int) -> Row:
 
 
 def _vectors(model: MAR, params: Tree, length: int) -> Golden:
-    """Compute golden logits of random tokens, half of one sequence masked, in float64."""
+    """Compute golden logits of random tokens, half of one sequence masked, in float64.
+
+    Of classes, the second sequence has none.
+    """
     rng = np.random.default_rng(0)
     targets = rng.integers(1, model.vocab_size, (2, length))
     mask: Array = np.zeros((2, length), bool)
     mask[0, : length // 2] = True
     tokens = np.where(mask, 0, targets)
     batch = {"tokens": tokens, "targets": targets, "mask": mask}
+    if model.num_classes is not None:
+        batch["labels"] = np.array([model.num_classes - 1, model.num_classes])
     params = trees.map_leaves(lambda leaf: leaf.astype(np.float64), params)
     arrays: dict[str, Array] = {
         **{f"params/{name}": leaf for name, leaf in trees.flatten(params).items()},
         **{f"input/{name}": array for name, array in batch.items()},
-        "activations/logits": model(params, tokens),
+        "activations/logits": model(params, tokens, batch.get("labels")),
     }
-    return Golden(arrays, {"config": dataclasses.asdict(model)})
+    return Golden(arrays, {"config": model.as_dict()})
