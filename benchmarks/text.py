@@ -240,6 +240,14 @@ def fill_in(dataset: data.Dataset, out: Path, num: int) -> list[Blank]:
     ]
 
 
+def all_words(blank: Blank, known: set[str]) -> bool:
+    """Whether all words that the letters filled in are part of are known, and there are some."""
+    start, end = len(blank.before), len(blank.before) + len(blank.filled)
+    found = re.finditer("[A-Za-z]+", blank.before + blank.filled + blank.after)
+    touching = [match[0] for match in found if match.start() < end and match.end() > start]
+    return bool(touching) and known.issuperset(touching)
+
+
 def _word(row: np.ndarray) -> slice | None:
     """Find the word that is nearest to the middle of a window."""
     found = re.finditer(r"(?<![A-Za-z])[A-Za-z]{4,12}(?![A-Za-z])", _text(row))
@@ -284,13 +292,11 @@ def compare(
             )
         blanks = fill_in(dataset, out, _NUM_BLANKS)
     known = known_words(dataset, options)
-    words, right = (
-        np.mean([test(blank) for blank in blanks])
-        for test in (lambda blank: blank.filled in known, lambda blank: blank.filled == blank.word)
-    )
+    words = np.mean([all_words(blank, known) for blank in blanks])
+    right = np.mean([blank.filled == blank.word for blank in blanks])
     yield (
         f"\nof {len(blanks)} hidden words {words:.0%} are filled in with words of the training "
-        f"text, {right:.0%} with the one that stood there:"
+        f"text and nothing else, {right:.0%} with the one that stood there:"
     )
     for blank in blanks[:: math.ceil(len(blanks) / _SHOWN)]:
         line = f"{blank.before[-24:]}[{blank.filled}]{blank.after[:24]}"

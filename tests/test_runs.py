@@ -637,5 +637,5 @@ def test_options_that_are_given_are_not_resolved():
     assert given.resolved(DATASET) == given
     found = changed(embed_dim=24, num_steps=1000, num_threads=None).resolved(DATASET)
     assert (found.seq_len, found.warmup_steps, found.average_decay) == (8, 50, 0.99)
-    assert found.learning_rate == pytest.approx(4e-3)
+    assert found.learning_rate == pytest.approx(5e-3 * (64 / 24) ** 0.5)
     assert found.num_threads == 1

@@ -803,7 +803,9 @@ for _name, _errors in ERRORS.items():
 
     @kind(_name, lambda config: config["seq_len"] > 4)
     def _(draw: Draw, errors: Any = _errors) -> Perturbation:
-        return Perturbation(_with_errors(errors), "", says("target|shift|id|smooth|sum|mean"))
+        return Perturbation(
+            _with_errors(errors), "", says("target|shift|id|smooth|sum|mean|averag")
+        )
 
 
 # Gradients.
@@ -838,7 +840,7 @@ def _(draw: Draw) -> Perturbation:
 @kind("one-gradient-transposed")
 def _(draw: Draw) -> Perturbation:
     place = f"{draw.kernel(KERNELS[:4])}.kernel"
-    return Perturbation(one_gradient(place, lambda x: x.T), place, says("transpos"))
+    return Perturbation(one_gradient(place, lambda x: x.T), place, says("transpos|order"))
 
 
 @kind("gradient-of-a-norm-halved")

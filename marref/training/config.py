@@ -22,8 +22,9 @@ class Config:
     Parameters
     ----------
     embed_dim, num_layers, num_heads, dropout, gelu, positions
-        Of the model; see `marref.hyperparameters.Hyperparameters`.  The sizes, and no dropout, are
-        those with which nanoGPT's README trains on a CPU, where a run sees its data a few times.
+        Of the model; see `marref.hyperparameters.Hyperparameters`.  The sizes are for ten minutes
+        of two cores: on a text, wider or deeper models learnt less in that time.  No dropout: so
+        short a run sees its data a few times only.
     seq_len : int, optional
         The longest sequence of the model; ``None``: that of the data.
     num_steps : int
@@ -35,9 +36,9 @@ class Config:
         Batches that make up a step.  Its loss is the mean over the masked positions of all of
         them, so that ``accumulate=k`` is a batch that is k times as large, in less memory.
     learning_rate : float, optional
-        The peak; see `marref.optim.warmup_cosine`.  ``None``: 1e-3·√(384/embed_dim), which is
-        nanoGPT's for its smallest model (train_shakespeare_char, 384 wide), and scales between a
-        constant and the 1/width of Yang et al. 2022 (muP, arXiv 2203.03466).
+        The peak; see `marref.optim.warmup_cosine`.  ``None``: 5e-3·√(64/embed_dim), of which the
+        constant was better than 2e-3 and 1e-2 on a text, and the root lies between a constant and
+        the 1/width of Yang et al. 2022 (muP, arXiv 2203.03466).
     warmup_steps : int, optional
         ``None``: a twentieth of the steps.
     weight_decay : float
@@ -57,8 +58,8 @@ class Config:
         the initial parameters: after n steps these still have the weight dⁿ in it.  0: no average.
         ``None``: 1 - 10/num_steps, at most 0.9999, which leaves them about e⁻¹⁰.
     mask_schedule : str
-        See `marref.masking.sample_mask_ratio`.  Every ratio is as likely as another by default:
-        generating goes through all of them.
+        See `marref.masking.sample_mask_ratio`.  The default is MAR's specification; small ratios
+        are more frequent, from which a place's neighbours are learnt sooner.
     mask_per : {"sequence", "batch"}
         What has a mask ratio of its own: every sequence, or every step.
     dtype : {"float32", "float64"}
@@ -79,14 +80,14 @@ class Config:
         An option is of another type or outside its range.
     """
 
-    embed_dim: int = 128
-    num_layers: int = 4
+    embed_dim: int = 64
+    num_layers: int = 2
     num_heads: int = 4
     dropout: float = 0.0
     gelu: str = "erf"
     positions: str = "concatenated"
     seq_len: int | None = None
-    num_steps: int = 5000
+    num_steps: int = 10_000
     batch_size: int = 32
     accumulate: int = 1
     learning_rate: float | None = None
@@ -97,7 +98,7 @@ class Config:
     label_smoothing: float = 0.0
     label_drop: float = 0.1
     average_decay: float | None = None
-    mask_schedule: str = "uniform"
+    mask_schedule: str = "one-minus-cosine"
     mask_per: str = "sequence"
     dtype: str = "float32"
     seed: int = 0
@@ -154,7 +155,7 @@ class Config:
         features = self.batch_size * dataset.length * self.embed_dim
         found: dict[str, Any] = {
             "seq_len": length,
-            "learning_rate": 1e-3 * math.sqrt(384 / self.embed_dim),
+            "learning_rate": 5e-3 * math.sqrt(64 / self.embed_dim),
             "warmup_steps": self.num_steps // 20,
             "average_decay": min(max(0.0, 1.0 - 10.0 / self.num_steps), 0.9999),
             "validate_every": tenth,

@@ -213,8 +213,8 @@ def init(config: Config, model: MAR) -> State:
     input, attention starts near its own place, from where it finds neighbours soon; from
     independent kernels it starts anywhere, and on text a model stays for long where it knows no
     more than how often each token occurs.  Trockman and Kolter 2023 (arXiv 2305.09828) found
-    W_Q W_Kᵀ near the identity in trained models, and started from there; the factor 2 is measured
-    in docs/training.md.
+    W_Q W_Kᵀ near the identity in trained models, and started from there.  The factor 2 was the best
+    of 1, 1.5, 2 and 3 on a text, by validation after half a minute.
     """
     rng = chance.generator(config.seed, "parameters")
     params = model.init(rng, config.dtype, std=config.embed_dim**-0.5)
