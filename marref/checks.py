@@ -127,8 +127,10 @@ def labels(argument: str, value: npt.ArrayLike, num_classes: int) -> Array:
     classes = array(argument, value)
     if classes.dtype.kind not in "iu":
         raise TypeError(f"{argument}: dtype {classes.dtype}, expected integers")
-    if classes.ndim != 1:
-        raise ValueError(f"{argument}: shape {list(classes.shape)}, expected [batch]")
+    if classes.ndim != 1 or len(classes) == 0:
+        raise ValueError(
+            f"{argument}: shape {list(classes.shape)}, expected [batch] with batch >= 1"
+        )
     bad = (classes < 0) | (classes > num_classes)
     if bad.any():
         place = _first(bad)

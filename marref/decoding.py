@@ -530,7 +530,9 @@ def start(
     if seq_len is not None:
         checks.integer("seq_len", seq_len, 1, model.seq_len)
     if tokens is None:
-        count = 1 if labels is None else np.size(labels)
+        count = 1
+        if labels is not None and model.num_classes is not None:
+            count = len(checks.labels("labels", labels, model.num_classes))
         shape = (batch_size or count, seq_len or model.seq_len)
         return np.full(shape, mask_token_id, np.int64)
     known = checks.token_ids("tokens", tokens, model.vocab_size).astype(np.int64)

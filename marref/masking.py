@@ -173,7 +173,7 @@ def drop_labels(
         Labels are no integers in [0, num_classes], or another argument is out of range.
     """
     num_classes = checks.integer("num_classes", num_classes, 1)
-    labels = checks.labels("labels", labels, num_classes)
+    labels = checks.labels("labels", labels, num_classes).astype(np.int64)
     checks.real("rate", rate, "[0, 1)")
     checks.generator("rng", rng)
     return np.where(rng.random(labels.shape) < rate, num_classes, labels)

@@ -248,3 +248,11 @@ def test_golden_vectors_of_a_checkpoint_with_classes(tmp_path, vectors):
         assert (labels == 3).any()
         if given:
             assert labels.tolist() == [0, 1, 2, 3]
+
+
+def test_a_class_does_not_keep_a_token_from_cancelling_its_position():
+    """Where the variance is small, epsilon shows."""
+    model = marref.build(11, embed_dim=6, num_layers=1, num_heads=2, seq_len=5, num_classes=3)
+    arrays, _ = golden.make(model)
+    added = arrays["activations/class_embedding"][:, np.newaxis]
+    assert (arrays["activations/embedding"] + added).std(axis=-1).min() < 0.2

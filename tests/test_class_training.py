@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -296,3 +297,23 @@ def test_a_class_of_a_run_without_classes_is_refused(tmp_path, capsys):
     both = ["train", "digits", "--no-labels", "--labels", "x", "--out", str(tmp_path / "other")]
     assert cli.main(both) == 2
     assert not (tmp_path / "other").exists()
+
+
+def test_dropped_labels_of_a_narrow_dtype_are_no_class():
+    labels = np.full(50, 3, np.uint8)
+    dropped = masking.drop_labels(labels, 0.5, np.random.default_rng(0), 256)
+    assert dropped.dtype == np.int64
+    assert set(dropped.tolist()) == {3, 256}
+
+
+@pytest.mark.parametrize(
+    ("labels", "error"),
+    [
+        (np.array([0, -1, 0]), "class -1 at [1] is not in"),
+        (np.array([0, 2**40, 0]), "is not in [0, 1048575]"),
+        (np.array([0.0, 1.0, 0.0]), "labels: dtype float64, expected integers"),
+    ],
+)
+def test_a_dataset_refuses_labels_that_are_no_classes(labels, error):
+    with pytest.raises((TypeError, ValueError), match=re.escape(error)):
+        data.Dataset(np.zeros((3, 4), np.int64), data.Ids(5), 4, labels=labels)

@@ -268,7 +268,7 @@ def test_wrong_use_is_one_line_and_writes_nothing(run, tmp_path, capsys, run_fol
 def test_without_onnx_it_says_what_to_install(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "onnx", None)
     assert cli.main(["export", str(run), str(tmp_path / "m.onnx")]) == 2
-    assert 'pip install "marref[onnx]"' in capsys.readouterr().err
+    assert 'pip install ".[onnx]"' in capsys.readouterr().err
 
 
 def test_a_graph_that_onnx_has_no_room_for_is_refused(run, monkeypatch):

@@ -46,8 +46,10 @@ def _run(parsed: argparse.Namespace) -> int:
     )
     measure: dict[str, Any] = {"batch_size": config.batch_size, "labels": labels}
     what = "given" if parsed.data else "held-out"
+    has_classes = checkpoint.model.num_classes is not None
+    told = ", told no class" if has_classes and labels is None else ""
     print(
-        f"{len(tokens):,} {what} sequences of {tokens.shape[1]} tokens, checkpoint of step "
+        f"{len(tokens):,} {what} sequences of {tokens.shape[1]} tokens{told}, checkpoint of step "
         f"{checkpoint.step:,}\n\n  mask ratio    bits per masked token    standard error"
     )
     for index, ratio in enumerate(_RATIOS):

@@ -31,7 +31,7 @@ def read(prompt: str, codec: Codec, length: int) -> Array:
     Raises
     ------
     OSError, TypeError, ValueError, ImportError
-        The prompt is no good; the message begins with --prompt.
+        The prompt is no good, or a file cannot be read.
     """
     try:
         if isinstance(codec, Bytes | Characters | Tokenizer):
@@ -42,7 +42,7 @@ def read(prompt: str, codec: Codec, length: int) -> Array:
             assert isinstance(codec, Ids)
             tokens = _of_ids(_named(prompt, ".npy", codec), codec)
     except (TypeError, ValueError) as error:
-        raise type(error)(f"--prompt: {error}") from error
+        raise ValueError(f"--prompt: {error}") from error
     if len(tokens) > length:
         raise ValueError(f"--prompt: has {len(tokens)} tokens, expected at most {length}")
     return tokens

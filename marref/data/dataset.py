@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from marref import chance, checks
+from marref.data import labelling
 from marref.data.codecs import Codec
 from marref.data.labelling import Classes
 from marref.trees import Array
@@ -67,7 +68,9 @@ class Dataset:
                 f"tokens: shape {shape}, expected [n, {self.length}] with n >= 1, or one stream"
             )
         if self.labels is not None:
-            checks.shape("labels", self.labels, (len(self),))
+            labels = labelling.checked("labels", checks.array("labels", self.labels)).numbers
+            checks.shape("labels", labels, (len(self),))
+            object.__setattr__(self, "labels", labels)
         if self.class_names is not None and (
             self.labels is None or self.labels.max() >= len(self.class_names)
         ):

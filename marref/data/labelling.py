@@ -94,6 +94,8 @@ def of_file(path: Path, count: int) -> Labels:
 
 def checked(where: str, labels: Array) -> Labels:
     """Return an array of integers as classes."""
+    if labels.dtype.kind not in "iu":
+        raise TypeError(f"{where}: dtype {labels.dtype}, expected integers")
     if labels.ndim != 1:
         raise ValueError(f"{where}: shape {list(labels.shape)}, expected [n]")
     bad = (labels < 0) | (labels > MAX_CLASS)

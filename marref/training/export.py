@@ -109,7 +109,7 @@ def _write_onnx(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> str:
 
         from marref.interop import onnx as graphs
     except ImportError as error:
-        raise ImportError('a name in .onnx needs onnx: pip install "marref[onnx]"') from error
+        raise ImportError('a name in .onnx needs onnx: pip install ".[onnx]"') from error
     params = trees.map_leaves(lambda leaf: leaf.astype(np.float32), checkpoint.state.averaged)
     model = checkpoint.model
     text = json.dumps(metadata(checkpoint))

@@ -83,7 +83,7 @@ def train(
     learning_rate : float
         The peak, reached after ``warmup_steps``; see `marref.optim.warmup_cosine`.
     rng : numpy.random.Generator
-        Draws batches, masks and dropout.
+        Draws batches, masks, dropout, and which labels are dropped.
     warmup_steps : int
     weight_decay : float
         See `marref.optim.step`.

@@ -149,7 +149,8 @@ def _sizes(
     blocks = {name.split(".")[1] for name in parameters if name.startswith("blocks.")}
     sizes = {"vocab_size": table.shape[0], "embed_dim": table.shape[1], "num_layers": len(blocks)}
     if "class_embedding.table" in parameters:
-        sizes["num_classes"] = len(parameters["class_embedding.table"]) - 1
+        rows = np.atleast_1d(parameters["class_embedding.table"])
+        sizes["num_classes"] = max(1, len(rows) - 1)
     if "tokens" in batch:
         sizes["seq_len"] = batch["tokens"].shape[1]
     # Flax's attention has heads and head_dim apart.

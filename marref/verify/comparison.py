@@ -10,9 +10,10 @@ one activation to the next, and where a small array happens to have been compute
 error, that is luck: the relative error of an activation is taken to be at least that of those
 before it, and that of a gradient or a parameter after a step at least the median of its section.
 
-Two things are not in marref's own arithmetic and are put into the runs: positions are computed in
-many ways, whose frequencies differ in their last digits; and an optimiser turns a gradient of the
-size of its rounding into a whole step, of either sign.
+Three things are not in marref's own arithmetic and are put into the runs: in float64, in which
+golden vectors are computed, every operation errs at random (`marref.verify.rounding`); positions
+are computed in many ways, whose frequencies differ in their last digits; and an optimiser turns a
+gradient of the size of its rounding into a whole step, of either sign.
 """
 
 import contextlib

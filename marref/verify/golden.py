@@ -140,13 +140,18 @@ def draw(model: MAR, seed: int) -> tuple[Tree, dict[str, Array]]:
     cancelling = targets[-1, 0]
     waves = sinusoidal_table(model.seq_len, model.embed_dim, model.positions)
     table = leaves["embedding.table"]
-    table[cancelling] = 0.05 * table[cancelling] - waves[0]
-
+    others = waves[0]
     mask = draw_mask(targets.shape, rng)
+    labels = None
+    if model.num_classes is not None:
+        labels = draw_labels(BATCH, model.num_classes, rng)
+        others = others + leaves["class_embedding.table"][labels[-1]]
+    table[cancelling] = 0.05 * table[cancelling] - others
+
     params = trees.unflatten({name: round_to(leaf, "bfloat16") for name, leaf in leaves.items()})
     batch = {"tokens": np.where(mask == 1, 0, targets), "targets": targets, "mask": mask}
-    if model.num_classes is not None:
-        batch["labels"] = draw_labels(BATCH, model.num_classes, rng)
+    if labels is not None:
+        batch["labels"] = labels
     return params, batch
 
 

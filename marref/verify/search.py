@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from marref import trees
 from marref.trees import Array
@@ -172,7 +173,8 @@ class Search:
         self.progress = progress
         self.first = comparison.differing[0].name
         self.stages = golden_vectors.stages(arrays)
-        self.one_sequence = _of_one_sequence(golden_vectors, comparison.precision)
+        is_fine = any(comparison.precision_of(name) == "float64" for name in self.arrays)
+        self.one_sequence = _of_one_sequence(golden_vectors, np.float64 if is_fine else np.float32)
         self.pristine: dict[Any, dict[str, Array]] = {}
         self.tried: dict[frozenset[Fault], _Result] = {}
         self.judged: dict[frozenset[Fault], _Judged] = {}
@@ -446,14 +448,13 @@ def _under(together: Together, compute: Callable[[], _T]) -> _T | None:
             return None
 
 
-def _of_one_sequence(golden_vectors: Golden, precision: str) -> Stages:
+def _of_one_sequence(golden_vectors: Golden, dtype: npt.DTypeLike) -> Stages:
     """Return the forward pass of the second sequence of the batch, half of which is masked.
 
     It only rules out what is `_NEAR` budgets away, of which float32's rounding is a small part
     where the arrays are no finer.
     """
     batch = {name: array[1:2] for name, array in golden_vectors.batch.items()}
-    dtype = np.float64 if precision == "float64" else np.float32
     params = trees.map_leaves(lambda leaf: leaf.astype(dtype), golden_vectors.params)
     stages = golden.stages(golden_vectors.model, params, batch)
     return {"activations/": stages["activations/"]}
