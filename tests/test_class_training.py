@@ -34,7 +34,7 @@ def test_a_step_drops_labels_by_a_draw_of_its_own():
     labels = masking.drop_labels(CLASSES[index], 0.5, chance.generator(9, "label", 4), 3)
     assert 0 < (labels == 3).sum() < 4
     rng = chance.generator(9, "mask", 4)
-    ratios = marref.sample_mask_ratio(rng, "uniform", size=4)
+    ratios = marref.sample_mask_ratio(rng, config.mask_schedule, size=4)
     inputs, mask = marref.mask_tokens(DATASET.rows(index), ratios, rng)
     loss, _ = marref.model.loss_and_grads(
         model,
