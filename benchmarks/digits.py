@@ -40,7 +40,6 @@ DECODING: dict[str, dict[str, Any]] = {
 }
 TRAINING: dict[str, dict[str, Any]] = {
     "a fifth of the steps": {"num_steps": demo.DEFAULT.config.num_steps // 5},
-    "small mask ratios (one-minus-cosine)": {"mask_schedule": "one-minus-cosine"},
     "large mask ratios (cosine)": {"mask_schedule": "cosine"},
     "no average": {"average_decay": 0.0},
 }
