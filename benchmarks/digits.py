@@ -9,6 +9,7 @@ held-out digits.  Then it changes how the model is trained.
 
 import argparse
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,9 @@ TRAINING: dict[str, dict[str, Any]] = {
 }
 
 
+_digits = functools.cache(demo.digits)
+
+
 def row(name: str, model: MAR, params: Tree, seed: int, **changed: Any) -> None:
     """Generate and print what comes of it."""
     asked = np.repeat(np.arange(demo.NUM_CLASSES), NUM_OF_EACH)
@@ -66,7 +70,7 @@ def row(name: str, model: MAR, params: Tree, seed: int, **changed: Any) -> None:
 
 def judged(generated: Array, asked: Array, is_asked: bool, seed: int) -> str:
     """Write the columns of a row."""
-    (examples, classes), (real, _) = map(demo.rows_and_labels, demo.digits())
+    (examples, classes), (real, _) = map(demo.rows_and_labels, _digits())
     seen = quality.nearest_neighbour_classes(generated, examples, classes)
     found = quality.two_samples(generated, real, chance.generator(seed, "validation"))
     agreement = f"{(seen == asked).mean():.0%}" if is_asked else ""
@@ -75,7 +79,7 @@ def judged(generated: Array, asked: Array, is_asked: bool, seed: int) -> str:
 
 def trained(seed: int, **changed: Any) -> tuple[MAR, Tree]:
     """Train as the demo does, but for what is changed."""
-    train, _ = demo.digits()
+    train, _ = _digits()
     config = dataclasses.replace(demo.DEFAULT.config, seed=seed, **changed).resolved(train)
     model = config.model(train.vocab_size, demo.NUM_CLASSES)
     return model, demo.train_on(config, model, train, lambda _: None)[0]
@@ -90,7 +94,7 @@ def main() -> None:
     model, params = trained(seed)
     for name, changed in DECODING.items():
         row(name, model, params, seed, **changed)
-    examples, classes = demo.rows_and_labels(demo.digits()[0])
+    examples, classes = demo.rows_and_labels(_digits()[0])
     chosen = chance.generator(seed, "batch").choice(len(examples), 10 * NUM_OF_EACH, replace=False)
     columns = judged(examples[chosen], classes[chosen], False, seed)
     print(f"| real training digits | {columns} |")

@@ -24,6 +24,9 @@ import numpy as np
 from marref import checks, trees
 from marref.trees import Array, Tree
 
+# Those of Kingma and Ba 2015.
+BETA1, BETA2, EPSILON = 0.9, 0.999, 1e-8
+
 _RANGES = {
     "learning_rate": "[0, inf)",
     "beta1": "[0, 1)",
@@ -59,9 +62,9 @@ def step(
     state: Tree,
     learning_rate: float,
     *,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    epsilon: float = 1e-8,
+    beta1: float = BETA1,
+    beta2: float = BETA2,
+    epsilon: float = EPSILON,
     weight_decay: float = 0.0,
 ) -> tuple[Tree, Tree]:
     """Take one step of Adam.
@@ -165,13 +168,21 @@ def clip_by_global_norm(grads: Tree, max_norm: float) -> tuple[Tree, float]:
     """
     max_norm = checks.real("max_norm", max_norm, "(0, inf)")
     _real_dtype("grads", grads, _shapes(grads))
-    # In float64: the square of 1e20 overflows float32.
-    squares = (np.square(leaf, dtype=np.float64) for leaf in trees.flatten(grads).values())
-    norm = math.sqrt(sum(float(square.sum()) for square in squares))
+    norm = math.sqrt(sum(map(sum_of_squares, trees.flatten(grads).values())))
+    factor = clip_factor(norm, max_norm)
+    return trees.map_leaves(lambda leaf: leaf * factor, grads), norm
+
+
+def sum_of_squares(leaf: Array) -> float:
+    """Add up the squares of an array in float64: that of 1e20 overflows float32."""
+    return float(np.square(leaf, dtype=np.float64).sum())
+
+
+def clip_factor(norm: float, max_norm: float) -> float:
+    """Compute min(1, max_norm / (‖g‖ + 1e-6)); raise FloatingPointError unless ‖g‖ is finite."""
     if not math.isfinite(norm):
         raise FloatingPointError(f"grads: their norm is {norm}")
-    factor = min(1.0, max_norm / (norm + 1e-6))
-    return trees.map_leaves(lambda leaf: leaf * factor, grads), norm
+    return min(1.0, max_norm / (norm + 1e-6))
 
 
 def warmup_cosine(step: int, *, peak: float, warmup_steps: int, total_steps: int) -> float:

@@ -43,9 +43,10 @@ def drawn(parsed: argparse.Namespace, classes: Classes | None) -> list[int | Non
         return [None] * parsed.num
     if parsed.class_name is not None:
         try:
-            return [classes.number(parsed.class_name)] * parsed.num
+            (number,) = classes.numbers([parsed.class_name])
         except ValueError as error:
             raise ValueError(f"--class: {error}") from error
+        return [number] * parsed.num
     shares = classes.shares
     return [
         int(chance.generator(parsed.seed, "sample", index, 0).choice(len(shares), p=shares))

@@ -1,6 +1,5 @@
 """Pictures in files, PNG and GIF, through Pillow (extra ``images``)."""
 
-import types
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +7,7 @@ import numpy.typing as npt
 
 from marref import files
 from marref.data.codecs import Pixels
+from marref.data.images import pillow
 from marref.trees import Array
 
 _COLOUR_OF_MASK = (219, 140, 97)
@@ -23,7 +23,7 @@ _LAST_FRAME = 2000
 def check_installed(option: str) -> None:
     """Raise an ImportError that names the extra unless Pillow is installed."""
     try:
-        _pillow()
+        pillow()
     except ImportError:
         raise ImportError(f'{option}: needs the images extra: pip install ".[images]"') from None
 
@@ -38,7 +38,7 @@ def grid(path: Path, codec: Pixels, tokens: Array) -> None:
     tokens : integer array [count, length]
     """
     with files.replacing(path) as temporary:
-        _pillow().fromarray(_enlarged(_square(_coloured(codec, tokens)))).save(temporary, "PNG")
+        pillow().fromarray(_enlarged(_square(_coloured(codec, tokens)))).save(temporary, "PNG")
 
 
 def unmasking(path: Path, codec: Pixels, stages: Array) -> None:
@@ -54,7 +54,7 @@ def unmasking(path: Path, codec: Pixels, stages: Array) -> None:
     pictures = _coloured(codec, _spread(stages, _MOST_ROWS))
     picture = _tiled(pictures.reshape(-1, *pictures.shape[2:]), stages.shape[1])
     with files.replacing(path) as temporary:
-        _pillow().fromarray(_enlarged(picture)).save(temporary, "PNG")
+        pillow().fromarray(_enlarged(picture)).save(temporary, "PNG")
 
 
 def animation(path: Path, codec: Pixels, stages: Array) -> None:
@@ -68,18 +68,12 @@ def animation(path: Path, codec: Pixels, stages: Array) -> None:
         Of more than 64 steps so many are shown, evenly spread, a tenth of a second each.
     """
     pictures = _coloured(codec, _spread(stages, _MOST_FRAMES))
-    first, *others = (_pillow().fromarray(_enlarged(_square(frame))) for frame in pictures)
+    first, *others = (pillow().fromarray(_enlarged(_square(frame))) for frame in pictures)
     durations = [_FRAME] * len(others) + [_LAST_FRAME]
     with files.replacing(path) as temporary:
         first.save(
             temporary, "GIF", save_all=True, append_images=others, duration=durations, loop=0
         )
-
-
-def _pillow() -> types.ModuleType:
-    import PIL.Image
-
-    return PIL.Image
 
 
 def _coloured(codec: Pixels, tokens: Array) -> npt.NDArray[np.uint8]:

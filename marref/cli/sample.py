@@ -159,9 +159,7 @@ def _say(stages: Array, index: int, codec: Codec, parsed: argparse.Namespace) ->
 def _check_out(out: Path | None, codec: Codec) -> None:
     if out is None:
         return
-    checks.choice("--out: suffix", out.suffix, _SUFFIXES)
-    if not out.parent.is_dir():
-        raise ValueError(f"--out: received {out}, whose folder does not exist")
+    _check_name("--out", out, _SUFFIXES)
     is_text = isinstance(codec, Bytes | Characters | Tokenizer)
     fits = {".npy": True, ".png": isinstance(codec, Pixels), ".txt": is_text}
     if not fits[out.suffix]:
@@ -173,12 +171,16 @@ def _check_out(out: Path | None, codec: Codec) -> None:
 def _check_gif(gif: Path | None, codec: Codec) -> None:
     if gif is None:
         return
-    checks.choice("--gif: suffix", gif.suffix, (".gif",))
-    if not gif.parent.is_dir():
-        raise ValueError(f"--gif: received {gif}, whose folder does not exist")
+    _check_name("--gif", gif, (".gif",))
     if not isinstance(codec, Pixels):
         raise ValueError(f"--gif: received for {codec.kind}, expected a run on pictures")
     drawing.check_installed("--gif")
+
+
+def _check_name(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
+    checks.choice(f"{option}: suffix", path.suffix, suffixes)
+    if not path.parent.is_dir():
+        raise ValueError(f"{option}: received {path}, whose folder does not exist")
 
 
 def _write(stages: Array, codec: Codec, parsed: argparse.Namespace) -> None:

@@ -123,7 +123,7 @@ class Dataset:
         found = np.unique(self.labels)
         names = found if self.class_names is None else np.array(self.class_names)[found]
         try:
-            numbers = [classes.number(str(name)) for name in names]
+            numbers = classes.numbers([str(name) for name in names])
         except ValueError as error:
             raise ValueError(f"labels: {error}") from error
         labels = np.array(numbers)[np.searchsorted(found, self.labels)]

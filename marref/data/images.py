@@ -48,14 +48,14 @@ def read(
         There are no images, one cannot be read, is transparent, has more than 8 bits a channel or
         another size.
     """
-    pillow = _pillow()
+    module = pillow()
     paths = _found(folder)
     if codec is None:
-        width, height = _opened(pillow, paths[0]).size
+        width, height = _opened(module, paths[0]).size
         codec = Pixels(height, width, 3 if colour else 1, levels)
     ids = np.empty((len(paths), codec.length), np.uint8)
     for row, path in zip(ids, paths, strict=True):
-        values, opacity = _decoded(pillow, path, codec)
+        values, opacity = _decoded(module, path, codec)
         if (opacity < 255).any():
             raise ValueError(f"{path}: has transparent pixels, expected none")
         row[:] = codec.ids(values)
@@ -81,7 +81,7 @@ def with_hole(path: Path, codec: Pixels) -> npt.NDArray[np.int64]:
     ImportError, OSError, ValueError
         As `read`; or no pixel is transparent, or one is in part.
     """
-    values, opacity = _decoded(_pillow(), files.regular(path), codec)
+    values, opacity = _decoded(pillow(), files.regular(path), codec)
     if ((opacity > 0) & (opacity < 255)).any():
         raise ValueError(
             f"{path}: has pixels that are transparent in part, expected all or nothing"
@@ -91,7 +91,8 @@ def with_hole(path: Path, codec: Pixels) -> npt.NDArray[np.int64]:
     return np.where(np.repeat(opacity == 0, codec.channels), 0, codec.encode(values))
 
 
-def _pillow() -> types.ModuleType:
+def pillow() -> types.ModuleType:
+    """Return Pillow's module of images, or raise an ImportError that names the extra."""
     try:
         import PIL.Image
     except ImportError as error:

@@ -1,5 +1,6 @@
 """Classes of sequences: from a file with one a line, sub-folders' names, or an array."""
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,14 +50,16 @@ class Classes(NamedTuple):
         shares: npt.NDArray[np.float64] = counts / max(counts.sum(), 1.0)
         return shares
 
-    def number(self, name: str) -> int:
-        """Find the number of a class by its name or, where classes have none, its number."""
-        known = tuple(map(str, range(len(self.counts)))) if self.names is None else self.names
-        if name not in known:
-            found = checks.nearest(name, known)
-            expected = f"; nearest: {found}" if found else f", expected {checks.listed(known)}"
-            raise ValueError(f"class {name!r} is unknown{expected}")
-        return known.index(name)
+    def numbers(self, names: Collection[str]) -> list[int]:
+        """Find the numbers of classes by name or, where classes have none, by number."""
+        known = map(str, range(len(self.counts))) if self.names is None else self.names
+        places = {name: number for number, name in enumerate(known)}
+        for name in names:
+            if name not in places:
+                found = checks.nearest(name, places)
+                expected = f"; nearest: {found}" if found else f", expected {checks.listed(places)}"
+                raise ValueError(f"class {name!r} is unknown{expected}")
+        return [places[name] for name in names]
 
 
 def of_names(where: str, names: list[str]) -> Labels:

@@ -194,15 +194,14 @@ def _judge(
     """Say whether the digits are what was asked for, and as diverse as real ones."""
     examples, classes = rows_and_labels(train)
     real, real_classes = rows_and_labels(held_out)
-
-    def share(images: Array, asked: Array) -> float:
-        return float((quality.nearest_neighbour_classes(images, examples, classes) == asked).mean())
-
+    classify = functools.partial(
+        quality.nearest_neighbour_classes, examples=examples, labels=classes
+    )
     asked = np.repeat(np.arange(NUM_CLASSES), NUM_OF_EACH)
     echo(
         f"A nearest-neighbour classifier sees the digit that was asked for in "
-        f"{share(generated, asked):.0%} of {len(generated)};\n"
-        f"of the held-out real ones it is right in {share(real, real_classes):.0%}."
+        f"{(classify(generated) == asked).mean():.0%} of {len(generated)};\n"
+        f"of the held-out real ones it is right in {(classify(real) == real_classes).mean():.0%}."
     )
     rng = chance.generator(seed, "validation")
     found = quality.two_samples(generated, real, rng)

@@ -21,9 +21,9 @@ def adam_step(
     state: Tree,
     learning_rate: float,
     *,
-    beta1: float = 0.9,
-    beta2: float = 0.999,
-    epsilon: float = 1e-8,
+    beta1: float = optim.BETA1,
+    beta2: float = optim.BETA2,
+    epsilon: float = optim.EPSILON,
     weight_decay: float = 0.0,
     in_place: bool = True,
     num_threads: int | None = None,
@@ -139,12 +139,11 @@ def run_step(
     m, v = state["first_moment"], state["second_moment"]
     t = int(state["step"]) + 1
     with parallel.threads(num_threads) as run:
-        norm = math.sqrt(sum(run(_sum_of_squares, leaves)))
-        if not math.isfinite(norm):
-            raise FloatingPointError(f"grads: their norm is {norm}")
+        # Of whole leaves: the order of a sum decides its last digits.
+        norm = math.sqrt(sum(run(optim.sum_of_squares, leaves)))
         of_piece = functools.partial(
             _step_of_piece,
-            clip=min(1.0, max_norm / (norm + 1e-6)),
+            clip=optim.clip_factor(norm, max_norm),
             keep=1.0 - learning_rate * weight_decay,
             keep_from=1 if decay == "all" else 2,
             share=0.0 if average is None else 1.0 - average_decay,
@@ -154,11 +153,6 @@ def run_step(
         parts = pieces(params, grads, m, v, params if average is None else average)
         run(of_piece, *zip(*parts, strict=True))
     return {"step": np.array(t, np.int64), "first_moment": m, "second_moment": v}, norm
-
-
-def _sum_of_squares(leaf: Array) -> float:
-    """Do as the definition: of a whole leaf, since the order of a sum decides its last digits."""
-    return float(np.square(leaf, dtype=np.float64).sum())
 
 
 def _step_of_piece(
@@ -189,9 +183,9 @@ def _step_of_piece(
         v,
         t=t,
         learning_rate=learning_rate,
-        beta1=0.9,
-        beta2=0.999,
-        epsilon=1e-8,
+        beta1=optim.BETA1,
+        beta2=optim.BETA2,
+        epsilon=optim.EPSILON,
         weight_decay=0.0,
     )
     if share > 0.0:

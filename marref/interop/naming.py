@@ -183,8 +183,12 @@ def _num_classes(found: Mapping[str, Array], layout: Layout) -> int | None:
     """Tell the number of classes from their table [num_classes + 1, embed_dim], if there is one."""
     blank = np.broadcast_to(np.float32(0), (2, 2))
     ((name, _),) = layout({"class_embedding.table": blank})
-    table = found.get(name)
-    return None if table is None else max(1, len(np.atleast_1d(table)) - 1)
+    return num_classes_of(found[name]) if name in found else None
+
+
+def num_classes_of(table: Array) -> int:
+    """Tell the number of classes from a table that may be misshapen: checks of shapes say so."""
+    return max(1, len(np.atleast_1d(table)) - 1)
 
 
 def _shortened(fault: str, names: list[str], remark: Callable[[str], str]) -> Iterator[str]:

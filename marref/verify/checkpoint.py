@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from marref import checks, files, trees
+from marref.interop import naming
 from marref.model import MAR
 from marref.trees import Array, Tree
 from marref.verify import golden, names
@@ -149,8 +150,7 @@ def _sizes(
     blocks = {name.split(".")[1] for name in parameters if name.startswith("blocks.")}
     sizes = {"vocab_size": table.shape[0], "embed_dim": table.shape[1], "num_layers": len(blocks)}
     if "class_embedding.table" in parameters:
-        rows = np.atleast_1d(parameters["class_embedding.table"])
-        sizes["num_classes"] = max(1, len(rows) - 1)
+        sizes["num_classes"] = naming.num_classes_of(parameters["class_embedding.table"])
     if "tokens" in batch:
         sizes["seq_len"] = batch["tokens"].shape[1]
     # Flax's attention has heads and head_dim apart.
