@@ -1,9 +1,25 @@
 """Reveal schedules: how many tokens the decoder reveals in each of its steps.
 
-A schedule is a function ``(num_masked, num_steps) -> counts``.  With N = num_masked and
-K = min(num_steps, N), ``counts`` are K integers, each at least 1, with the sum N.
+A schedule is a function ``(num_masked, num_steps) -> counts``.  With N = num_masked, ``counts`` are
+at most min(num_steps, N) integers, each at least 1, with the sum N.
+
+`cosine` and `linear` are MAR's; the others are published beside them.  Most are given by a function
+γ, with γ(0) = 1 and γ(1) = 0, of which floor(N γ(k/K)) positions stay masked after step k of K:
+
+| name | γ(r) | character | source |
+| --- | --- | --- | --- |
+| cosine | cos(πr/2) | few first, many last | MaskGIT, MAR |
+| linear | 1 - r, rounded to the nearest | the same in each step | MAR's specification |
+| uniform | 1 - r | the same in each step | MaskGIT's code, P2 |
+| even | the larger counts first | the same in each step | LLaDA's code |
+| square, cubic | 1 - r², 1 - r³ | few first | MaskGIT (section 4.4) |
+| square-root | 1 - √r | many first | MaskGIT (section 4.4) |
+| log | -log r / log N | many first | MaskGIT's code |
+| exp | 1 - N^(r - 1) | few first | MaskGIT's code |
+| arccos | arccos(r)·2/π | few first | Halton-MaskGIT's code |
 """
 
+import functools
 from collections.abc import Callable
 from typing import TypeAlias
 
@@ -89,7 +105,84 @@ def linear(num_masked: int, num_steps: int) -> Counts:
     return _counts(num_masked, num_steps, masked)
 
 
-SCHEDULES: dict[str, Schedule] = {"cosine": cosine, "linear": linear}
+def even(num_masked: int, num_steps: int) -> Counts:
+    """Reveal floor(N/K) in every step, and one more in the first N mod K steps.
+
+    LLaDA's published code (Nie et al. 2025, arXiv 2502.09992).
+
+    Parameters
+    ----------
+    num_masked, num_steps : int
+
+    Returns
+    -------
+    int64 array [min(num_steps, num_masked)]
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `cosine` does.
+
+    Examples
+    --------
+    >>> even(10, 4)
+    array([3, 3, 2, 2])
+    """
+    num_steps = _effective_steps(num_masked, num_steps)
+    share, more = divmod(num_masked, max(num_steps, 1))
+    return share + (np.arange(num_steps) < more).astype(np.int64)
+
+
+def falling(
+    gamma: Callable[[npt.NDArray[np.float64], int], npt.NDArray[np.float64]],
+    num_masked: int,
+    num_steps: int,
+) -> Counts:
+    """Leave floor(N γ(k/K)) masked after step k, but reveal something in every step.
+
+    MaskGIT's published code has m_k = max(1, min(m_{k-1} - 1, floor(N γ))).  Where γ falls so fast
+    that one token is left for several steps, these would reveal nothing: they are not taken.
+
+    The floor is that of the exact number: N γ is raised by N·2⁻⁴⁸ first, more than its error in
+    float64, so that a whole number stays one.  The tests hold every N and K up to 256 to 50-digit
+    arithmetic.
+
+    Parameters
+    ----------
+    gamma : callable
+        Of k/K for k = 1, …, K - 1 [K - 1], and of N, to numbers in [0, 1].
+    num_masked, num_steps : int
+
+    Returns
+    -------
+    int64 array [at most min(num_steps, num_masked)]
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `cosine` does.
+    """
+    num_steps = _effective_steps(num_masked, num_steps)
+    step = np.arange(1, num_steps)
+    kept = gamma(step / max(num_steps, 1), num_masked) + 2.0**-48
+    bounds = np.floor(num_masked * kept).astype(np.int64)
+    masked = np.minimum(np.minimum.accumulate(bounds + step), num_masked) - step
+    counts = _counts(num_masked, num_steps, np.maximum(masked, 1))
+    return counts[counts > 0]
+
+
+SCHEDULES: dict[str, Schedule] = {
+    "cosine": cosine,
+    "linear": linear,
+    "uniform": functools.partial(falling, lambda r, n: 1.0 - r),
+    "even": even,
+    "square": functools.partial(falling, lambda r, n: 1.0 - r**2),
+    "cubic": functools.partial(falling, lambda r, n: 1.0 - r**3),
+    "square-root": functools.partial(falling, lambda r, n: 1.0 - np.sqrt(r)),
+    "log": functools.partial(falling, lambda r, n: np.minimum(1.0, -np.log(r) / np.log(max(n, 2)))),
+    "exp": functools.partial(falling, lambda r, n: 1.0 - n ** (r - 1.0)),
+    "arccos": functools.partial(falling, lambda r, n: np.arccos(r) * (2.0 / np.pi)),
+}
 
 
 def _effective_steps(num_masked: int, num_steps: int) -> int:

@@ -233,7 +233,7 @@ def test_every_id_is_drawn_with_the_probability_of_the_oracle(temperature, filte
         highest = [*ends[possible[:-1]] - 1e-12, 1.0 - 2.0**-53]
         for uniforms in (lowest, highest):
             rows = np.tile(logits, (len(possible), 1))
-            tokens, _ = decoding.predict(rows, rule, np.array(uniforms))
+            tokens = decoding.predict(rows, rule, np.array(uniforms)).tokens
             assert tokens.tolist() == possible
 
 

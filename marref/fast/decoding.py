@@ -6,6 +6,7 @@ out; from nothing, where all sequences are the same, the first step is computed 
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -41,6 +42,13 @@ def iterative_decode(
     labels: npt.ArrayLike | None = None,
     guidance_scale: float = 1.0,
     guidance: str = "constant",
+    min_p: float | None = None,
+    exclude_ids: Sequence[int] = (),
+    score_temperature: float | None = None,
+    order_temperature: float = 0.0,
+    reveal: decoding.Reveal | None = None,
+    block_length: int | None = None,
+    remask: decoding.Remask | None = None,
     return_steps: bool = False,
     num_threads: int | None = None,
 ) -> npt.NDArray[np.int64] | Any:
@@ -70,7 +78,15 @@ def iterative_decode(
         top_p=top_p,
         guidance_scale=guidance_scale,
         guidance=guidance,
+        min_p=min_p,
+        exclude_ids=exclude_ids,
+        score_temperature=score_temperature,
+        order_temperature=order_temperature,
+        reveal=reveal,
+        block_length=block_length,
+        remask=remask,
     )
+    rule.check(model, tokens.shape[1])
     labels = rule.check_labels(model, labels, len(tokens))
     num_threads = parallel.choose(
         num_threads, tokens.size * model.embed_dim, parallel.FEATURES_WORTH_A_THREAD
@@ -89,34 +105,43 @@ def _predict_at(
     rule: decoding.Rule,
     labels: Array | None,
     tokens: Array,
-    masked: Array,
+    wanted: Array,
     uniforms: Array | None,
     scale: Array,
-) -> tuple[Array, Array]:
-    """Predict the masked positions: what `marref.decoding.decode` asks for in every step."""
+) -> decoding.Prediction:
+    """Predict where it is wanted: what `marref.decoding.decode` asks for in every step."""
+    if not wanted.any():
+        return decoding.Prediction(*[np.empty(0)] * 3)
     batch = len(tokens)
-    from_nothing = bool(masked.all()) and (labels is None or bool((labels == labels[0]).all()))
-    todo = slice(1) if from_nothing else masked.any(axis=1)
+    from_nothing = bool((tokens == rule.mask_token_id).all()) and bool((wanted == wanted[0]).all())
+    from_nothing &= labels is None or bool((labels == labels[0]).all())
+    todo = slice(1) if from_nothing else wanted.any(axis=1)
     if uniforms is not None:
         uniforms = uniforms.reshape(batch if from_nothing else 1, -1)
-    split = functools.partial(split_up, run, work, tokens[todo], wanted=masked[todo])
+    split = functools.partial(split_up, run, work, tokens[todo], wanted=wanted[todo])
     members = split(labels=None if labels is None else labels[todo])
     ends = np.cumsum([np.count_nonzero(member.rows.wanted) for member in members])[:-1]
+    held = np.split(tokens[todo][wanted[todo]], ends)
     parts: list[Array | None] = [None] * len(members)
     if uniforms is not None:
         parts = list(np.split(uniforms, ends, axis=1))
     guides: list[_Guide | None] = [None] * len(members)
     if labels is not None and rule.guides:
         without = split(labels=np.full(len(tokens[todo]), work.model.num_classes))
-        scales = np.split(np.repeat(scale[todo], masked[todo].sum(axis=1)), ends)
+        scales = np.split(np.repeat(scale[todo], wanted[todo].sum(axis=1)), ends)
         guides = list(map(_Guide, without, scales))
-    results = run(functools.partial(_of_member, work, rule), members, parts, guides)
-    predicted, log_confidence = (
-        np.concatenate(arrays, axis=1).ravel() for arrays in zip(*results, strict=True)
-    )
+    results = run(functools.partial(_of_member, work, rule), members, held, parts, guides)
+    prediction = _joined(results)
     if from_nothing and uniforms is None:
-        return np.tile(predicted, batch), np.tile(log_confidence, batch)
-    return predicted, log_confidence
+        return decoding.Prediction(*(np.tile(array, batch) for array in prediction))
+    return prediction
+
+
+def _joined(parts: Sequence[decoding.Prediction]) -> decoding.Prediction:
+    """Join predictions of arrays [copies, positions] into one of arrays [copies * positions]."""
+    return decoding.Prediction(
+        *(np.concatenate(arrays, axis=1).ravel() for arrays in zip(*parts, strict=True))
+    )
 
 
 class _Guide(NamedTuple):
@@ -130,19 +155,21 @@ def _of_member(
     work: Work,
     rule: decoding.Rule,
     member: Member,
+    held: Array,
     uniforms: Array | None,
     guide: _Guide | None,
-) -> tuple[Array, Array]:
-    """Predict a member's part of the masked positions; see `_predict` for what is returned."""
+) -> decoding.Prediction:
+    """Predict a member's part of the positions; see `_predict` for what is returned."""
 
-    def use(logits: Array, part: slice) -> tuple[Array, Array]:
-        return _predict(logits, rule, None if uniforms is None else uniforms[:, part])
+    def use(logits: Array, part: slice) -> decoding.Prediction:
+        of_part = None if uniforms is None else uniforms[:, part]
+        return _predict(logits, rule, of_part, held[part])
 
     normal = _guided(work, member, guide)
     if normal is None:
-        return np.empty((1, 0)), np.empty((1, 0))
-    predicted, log_confidence = zip(*head(work, normal, use), strict=True)
-    return np.concatenate(predicted, axis=1), np.concatenate(log_confidence, axis=1)
+        return decoding.Prediction(*[np.empty((1, 0))] * 3)
+    parts = zip(*head(work, normal, use), strict=True)
+    return decoding.Prediction(*(np.concatenate(arrays, axis=1) for arrays in parts))
 
 
 def _guided(work: Work, member: Member, guide: _Guide | None) -> Array | None:
@@ -165,7 +192,9 @@ def _guided(work: Work, member: Member, guide: _Guide | None) -> Array | None:
     return decoding.guide(normal, without, guide.scale)
 
 
-def _predict(logits: Array, rule: decoding.Rule, uniforms: Array | None) -> tuple[Array, Array]:
+def _predict(
+    logits: Array, rule: decoding.Rule, uniforms: Array | None, held: Array
+) -> decoding.Prediction:
     """Do as `marref.decoding.predict`; logits are written over.
 
     At temperature 1 the log-confidence of the arg max is -log1p(Σ exp(z) of the others / exp(z) of
@@ -177,23 +206,30 @@ def _predict(logits: Array, rule: decoding.Rule, uniforms: Array | None) -> tupl
     rule : Rule
     uniforms : array [copies, rows] or None
         For several sequences that have the same logits.
+    held : integer array [rows]
 
     Returns
     -------
-    tokens, log_confidence : arrays [copies, rows]
+    Prediction
+        Arrays [copies, rows].
     """
     if uniforms is not None:
-        pairs = [decoding.predict(logits, rule, of_copy) for of_copy in uniforms]
-        tokens, log_confidence = (np.array(copies) for copies in zip(*pairs, strict=True))
-        return tokens, log_confidence
-    if rule.temperature != 1.0 or not has_digits(logits):
-        tokens, log_confidence = decoding.predict(logits, rule, None)
-        return tokens[np.newaxis], log_confidence[np.newaxis]
-    if rule.exclude_mask_token:
-        logits[:, rule.mask_token_id] = -np.inf
+        copies = [decoding.predict(logits, rule, of_copy, held) for of_copy in uniforms]
+        return decoding.Prediction(*(np.array(arrays) for arrays in zip(*copies, strict=True)))
+    if not _needs_arg_max_alone(rule) or not has_digits(logits):
+        prediction = decoding.predict(logits, rule, None, held)
+        return decoding.Prediction(*(array[np.newaxis] for array in prediction))
+    logits[:, rule.excluded] = -np.inf
     rows, tokens = np.arange(len(logits)), logits.argmax(axis=1)
     np.exp(logits, out=logits)
     of_best = logits[rows, tokens]
     logits[rows, tokens] = 0.0
     log_confidence = -np.log1p(logits.sum(axis=1) / of_best)
-    return tokens[np.newaxis], log_confidence[np.newaxis]
+    return decoding.Prediction(tokens[np.newaxis], *[log_confidence[np.newaxis]] * 2)
+
+
+def _needs_arg_max_alone(rule: decoding.Rule) -> bool:
+    """Whether the arg max and its confidence at temperature 1 are all that is asked for."""
+    looks_again = rule.remask is not None and rule.remask.looks_again
+    scored_otherwise = rule.order in ("margin", "entropy") or rule.score_temperature is not None
+    return rule.temperature == 1.0 and not looks_again and not scored_otherwise

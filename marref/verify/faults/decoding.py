@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from marref import decoding, schedules
-from marref.decoding import PredictAt, Rule, predict
+from marref.decoding import PredictAt, Prediction, Rule, predict
 from marref.loss import log_softmax
 from marref.masking import SCHEDULES, mask_tokens, one_minus_cosine
 from marref.trees import Array
@@ -48,11 +48,12 @@ fault("decode-mask-token-emitted").says(
 
 
 @fault("decode-mask-excluded-after-softmax").wraps(predict)
-def _(old: Any, logits: Array, rule: Rule, uniforms: Array | None) -> Any:
+def _(old: Any, logits: Array, rule: Rule, *args: Any) -> Any:
     """[MASK] is left out of the arg max but not of the softmax. Tokens of a first step are right;
     confidences are lower by the probability of [MASK], and may change the order."""
-    predicted, _ = old(logits, rule, uniforms)
-    return predicted, log_softmax(logits / rule.temperature)[np.arange(len(logits)), predicted]
+    predicted = old(logits, rule, *args).tokens
+    log_confidence = log_softmax(logits / rule.temperature)[np.arange(len(logits)), predicted]
+    return Prediction(predicted, log_confidence, log_confidence)
 
 
 fault("decode-temperature-multiplied").says(
@@ -62,12 +63,13 @@ fault("decode-temperature-multiplied").says(
 
 
 @fault("decode-confidence-unscaled").wraps(predict)
-def _(old: Any, logits: Array, rule: Rule, uniforms: Array | None) -> Any:
+def _(old: Any, logits: Array, rule: Rule, *args: Any) -> Any:
     """Confidence is the softmax of the logits without the temperature. Temperature 1 hides it."""
-    predicted, _ = old(logits, rule, uniforms)
+    predicted = old(logits, rule, *args).tokens
     if rule.exclude_mask_token:
         logits = np.where(np.arange(logits.shape[1]) == rule.mask_token_id, -np.inf, logits)
-    return predicted, log_softmax(logits)[np.arange(len(logits)), predicted]
+    log_confidence = log_softmax(logits)[np.arange(len(logits)), predicted]
+    return Prediction(predicted, log_confidence, log_confidence)
 
 
 fault("decode-least-confident-first").says(
@@ -110,15 +112,15 @@ def _(old: Any, predict_at: PredictAt, tokens: Array, rule: Rule, rng: Any, dtyp
 
     def predict_all(
         tokens: Array, masked: Array, uniforms: Array | None, scale: Array
-    ) -> tuple[Array, Array]:
+    ) -> Prediction:
         predicted = np.where(unknown & ~masked, predictions[-1][0], tokens)
         log_confidence = np.zeros(tokens.shape, dtype)
         uniforms = None if rng is None else rng.random(unknown.sum())
-        predicted[unknown], log_confidence[unknown] = predict_at(
+        predicted[unknown], log_confidence[unknown], _ = predict_at(
             predicted, unknown, uniforms, scale
         )
         predictions.append((predicted, np.exp(log_confidence)))
-        return predicted[masked], log_confidence[masked]
+        return Prediction(predicted[masked], log_confidence[masked], log_confidence[masked])
 
     _, steps = old(predict_all, tokens, rule, rng, dtype)
     for index, (predicted, confidence) in enumerate(predictions[1:]):
