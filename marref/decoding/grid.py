@@ -51,7 +51,9 @@ def halton(length: int) -> Array:
         index += 1
         row, column = (_digits_reversed(index, base, side) for base in (2, 3))
         visited.setdefault(row * side + column)
-    return np.array(list(visited))
+    order = np.array(list(visited))
+    order.flags.writeable = False  # the cache gives all callers the same array
+    return order
 
 
 def _digits_reversed(index: int, base: int, scale: int) -> int:
