@@ -179,7 +179,7 @@ class ReMDMLoop(ReMDM):
         checks.real("ReMDMLoop: alpha_on", self.alpha_on, "(0, 1)")
         if self.t_off >= self.t_on:
             raise ValueError(
-                f"ReMDMLoop: received t_off {self.t_off}, expected less than t_on {self.t_on}"
+                f"ReMDMLoop: t_off: received {self.t_off}, expected less than t_on = {self.t_on}"
             )
 
     def alpha(self, time: float) -> float:

@@ -61,12 +61,26 @@ class Rule:
         checks.choice("guidance", self.guidance, GUIDANCES)
         if not callable(self.schedule):
             checks.choice("schedule", self.schedule, SCHEDULES)
-        if self.reveal is not None:
-            checks.function("reveal", self.reveal)
-        if self.remask is not None and not isinstance(self.remask, Remask):
-            raise TypeError(f"remask: received {self.remask!r}, expected a Remask or None")
+        self._check_rules()
         self._check_noise()
         self._check_together()
+
+    def _check_rules(self) -> None:
+        for name, value in (("reveal", self.reveal), ("remask", self.remask)):
+            if isinstance(value, type):
+                raise TypeError(
+                    f"{name}: received the class {value.__name__}, expected an instance, as "
+                    f"{value.__name__}()"
+                )
+        if self.reveal is not None and not callable(self.reveal):
+            raise TypeError(
+                f"reveal: received {self.reveal!r}, expected a function of a Step, as "
+                "Threshold(0.9), or None"
+            )
+        if self.remask is not None and not isinstance(self.remask, Remask):
+            raise TypeError(
+                f"remask: received {self.remask!r}, expected a Remask, as P2(), or None"
+            )
 
     def _check_noise(self) -> None:
         for name in ("choice_temperature", "order_temperature"):
@@ -127,7 +141,8 @@ class Rule:
     def needs_rng(self) -> bool:
         """Whether something is drawn besides tokens."""
         noisy = self.choice_temperature > 0 or self.order_temperature > 0
-        return self.order == "random" or noisy
+        takes_back = self.remask is not None and self.remask.needs_rng
+        return self.order == "random" or noisy or takes_back
 
     def check_rng(self, rng: np.random.Generator | None) -> None:
         """Raise unless there is a generator where one is needed."""
@@ -135,8 +150,8 @@ class Rule:
             checks.generator("rng", rng)
         elif self.needs_rng:
             raise ValueError(
-                'rng: received None, but order="random", choice_temperature and '
-                "order_temperature need one"
+                'rng: received None, but order="random", choice_temperature, '
+                "order_temperature and a remask that draws need one"
             )
 
     @property
@@ -147,8 +162,12 @@ class Rule:
 
     def check(self, model: MAR, length: int) -> None:
         """Raise unless the excluded ids leave one, and the order is one of so many positions."""
-        for number in self.exclude_ids:
-            checks.integer("exclude_ids", number, 0, model.vocab_size - 1)
+        ids = checks.array("exclude_ids", self.exclude_ids)
+        if ids.ndim != 1 or (ids.size > 0 and ids.dtype.kind not in "iu"):
+            raise TypeError(
+                f"exclude_ids: received {self.exclude_ids!r}, expected a sequence of integers"
+            )
+        checks.token_ids("exclude_ids", ids.astype(np.int64), model.vocab_size, batched=False)
         if len(self.excluded) == model.vocab_size:
             raise ValueError(
                 f"exclude_ids: received {list(self.exclude_ids)}, expected one of "

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Self
 
 import numpy as np
 
+from marref import checks
 from marref.decoding import planning
 from marref.decoding.ordering import choose, draw_noise, rank
 from marref.decoding.predicting import Prediction
@@ -174,11 +175,12 @@ class State:
 
 def checked(count: Array, step: Step) -> Array:
     """Return what a rule said, unless it would reveal nothing: the decoder might never end."""
-    count = np.asarray(count)
+    count = checks.array("reveal", count)
     masked = step.masked.sum(axis=1)
     if count.dtype.kind not in "iu" or count.shape != masked.shape:
         raise TypeError(
-            f"reveal: returned {count!r}, expected {len(masked)} integers, one a sequence"
+            f"reveal: returned {count!r}, expected integers of shape [{len(masked)}], one a "
+            "sequence"
         )
     if ((count < 1) & (masked > 0)).any():
         raise ValueError(
