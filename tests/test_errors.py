@@ -7,6 +7,21 @@ import pytest
 
 import marref
 from marref import loss, masking, optim, schedules, training, trees
+from marref.decoding import (
+    P2,
+    Edit,
+    EntropyBounded,
+    Factor,
+    Independent,
+    QuotaOrThreshold,
+    Remask,
+    ReMDMCap,
+    ReMDMConf,
+    ReMDMLoop,
+    ReMDMRescale,
+    Threshold,
+    halton,
+)
 
 from .strategies import both_ways
 
@@ -32,6 +47,9 @@ def with_leaf(name, leaf):
     return trees.unflatten({**trees.flatten(PARAMS), name: leaf})
 
 
+WITHOUT_LOGITS = with_leaf("head.bias", np.full(5, np.nan))
+
+
 def filled(shape, place, value):
     array = np.zeros(shape)
     array[place] = value
@@ -40,6 +58,27 @@ def filled(shape, place, value):
 
 def decode(**options):
     return lambda way: way.iterative_decode(MODEL, PARAMS, **options)
+
+
+def refused(**options):
+    """A decoding that would fail otherwise if anything were predicted, since all logits are NaN."""
+    return lambda way: way.iterative_decode(MODEL, WITHOUT_LOGITS, **options)
+
+
+def revealing(count, **options):
+    return decode(reveal=lambda step: count, **options)
+
+
+def guided(**options):
+    return lambda way: way.iterative_decode(
+        CLASSES, CLASS_PARAMS, labels=[0], guidance_scale=2.0, guidance="linear", **options
+    )
+
+
+class Draws(Remask):
+    """A rule of somebody else's that needs chance."""
+
+    needs_rng = True
 
 
 def decode_classes(**options):
@@ -250,6 +289,35 @@ BAD_CALLS = {
     # Schedules.
     "num_masked: received -1": lambda: schedules.cosine(-1, 4),
     "num_steps: received 0, expected": lambda: schedules.linear(4, 0),
+    # Rules of the decoder.
+    "Threshold: probability: received 1.1, expected a number in [0, 1]": lambda: Threshold(1.1),
+    "Threshold: probability: received -0.1": lambda: Threshold(-0.1),
+    "Threshold: probability: received nan": lambda: Threshold(float("nan")),
+    "Threshold: probability: received '0.9', expected a real number": lambda: Threshold("0.9"),
+    "QuotaOrThreshold: probability: received 2, expected a number in [0, 1]": lambda: (
+        QuotaOrThreshold(2)
+    ),
+    "Factor: factor: received 0, expected a number in (0, inf)": lambda: Factor(0),
+    "Factor: factor: received -1": lambda: Factor(-1),
+    "Factor: factor: received inf": lambda: Factor(float("inf")),
+    "EntropyBounded: bound: received -0.1, expected a number in [0, inf)": lambda: EntropyBounded(
+        -0.1
+    ),
+    "EntropyBounded: bound: received nan": lambda: EntropyBounded(float("nan")),
+    "EntropyBounded: bound: received None, expected a real number": lambda: EntropyBounded(None),
+    "ReMDMCap: eta: received -0.1, expected a number in [0, 1]": lambda: ReMDMCap(-0.1),
+    "ReMDMRescale: eta: received 1.5, expected a number in [0, 1]": lambda: ReMDMRescale(1.5),
+    "ReMDMLoop: eta: received 2, expected a number in [0, 1]": lambda: ReMDMLoop(eta=2),
+    "ReMDMLoop: t_on: received 1, expected a number in (0, 1)": lambda: ReMDMLoop(t_on=1),
+    "ReMDMLoop: t_off: received 0, expected a number in (0, 1)": lambda: ReMDMLoop(t_off=0),
+    "ReMDMLoop: alpha_on: received 1.0, expected a number in (0, 1)": lambda: ReMDMLoop(
+        alpha_on=1.0
+    ),
+    "ReMDMLoop: t_off: received 0.5, expected less than t_on = 0.5": lambda: ReMDMLoop(
+        t_on=0.5, t_off=0.5
+    ),
+    "Edit: bound: received 1.5, expected a number in [0, 1]": lambda: Edit(1.5),
+    'order: received "halton" for length 6, expected a square grid': lambda: halton(6),
     # The optimiser.
     "max_norm: received 0": lambda: optim.clip_by_global_norm(PARAMS, 0),
     "warmup_steps: received 9, expected an integer in [0, 8]": lambda: optim.warmup_cosine(
@@ -311,9 +379,8 @@ BAD_CALLS_OF_BOTH_WAYS = {
     "schedule: returned array([-1,  7]) for 6 masked positions": decode(
         schedule=lambda *_: np.array([-1, 7])
     ),
-    "order: received 'left-to-right', expected one of confidence, random": decode(
-        order="left-to-right"
-    ),
+    "order: received 'surest', expected one of confidence, margin, entropy, random, left-to-right, "
+    "halton": decode(order="surest"),
     'rng: received None, but order="random"': decode(order="random"),
     "rng: received None, but ": decode(choice_temperature=1.0),
     "rng: received int, expected": decode(rng=3),
@@ -332,6 +399,143 @@ BAD_CALLS_OF_BOTH_WAYS = {
     ),
     "params: dtype complex128, expected float32 or float64": lambda way: way.iterative_decode(
         MODEL, MODEL.init(RNG, complex)
+    ),
+    # What each position would be.
+    "min_p: received 0, expected a number in (0, 1]": refused(min_p=0),
+    "min_p: received 1.5": refused(min_p=1.5),
+    "min_p: received '0.1', expected a real number": refused(min_p="0.1"),
+    "exclude_ids: received [1, 2, 3, 4], expected one of 5 ids besides [MASK] to be left": refused(
+        exclude_ids=[1, 2, 3, 4]
+    ),
+    "exclude_ids: received [0, 1, 2, 3, 4], expected one of 5 ids": refused(
+        exclude_ids=[0, 1, 2, 3, 4], exclude_mask_token=False
+    ),
+    "exclude_ids: id 5 at [1] is not in [0, 5)": refused(exclude_ids=[1, 5]),
+    "exclude_ids: id -1 at [0] is not in [0, 5)": refused(exclude_ids=[-1]),
+    "exclude_ids: received [1.0], expected a sequence of integers": refused(exclude_ids=[1.0]),
+    "exclude_ids: received [True], expected a sequence of integers": refused(exclude_ids=[True]),
+    "exclude_ids: received '12', expected a sequence of integers": refused(exclude_ids="12"),
+    "exclude_ids: received b'1', expected a sequence of integers": refused(exclude_ids=b"1"),
+    "exclude_ids: received '', expected a sequence of integers": refused(exclude_ids=""),
+    "exclude_ids: received 3, expected a sequence of integers": refused(exclude_ids=3),
+    "exclude_ids: received None, expected a sequence of integers": refused(exclude_ids=None),
+    "exclude_ids: received [[1]], expected a sequence of integers": refused(exclude_ids=[[1]]),
+    "exclude_ids: received <list_iterator": lambda way: way.iterative_decode(
+        MODEL, WITHOUT_LOGITS, exclude_ids=iter([1])
+    ),
+    # Which come first.
+    "score_temperature: received 0, expected a number in (0, inf)": refused(score_temperature=0),
+    "score_temperature: received inf": refused(score_temperature=float("inf")),
+    "order_temperature: received -1, expected a number in [0, inf)": refused(
+        order_temperature=-1, rng=RNG
+    ),
+    "order_temperature: received nan": refused(order_temperature=float("nan"), rng=RNG),
+    "order_temperature: received None, expected a real number": refused(order_temperature=None),
+    'order_temperature: received 1.0, expected 0 with order="halton", which does not look': refused(
+        order_temperature=1.0, order="halton", seq_len=4, rng=RNG
+    ),
+    'choice_temperature: received 2.0, expected 0 with order="left-to-right", which does': refused(
+        choice_temperature=2.0, order="left-to-right", rng=RNG
+    ),
+    "order_temperature: received 1.0 with choice_temperature 2.0, expected one of them": refused(
+        order_temperature=1.0, choice_temperature=2.0, rng=RNG
+    ),
+    'rng: received None, but order="random", choice_temperature, order_temperature and a remask '
+    "that draws need one": refused(order_temperature=1.0),
+    "order_temperature and a remask that draws need one": refused(remask=Draws()),
+    "and a remask that draws need one": refused(remask=ReMDMCap(), order="random"),
+    "a remask that draws need one": refused(reveal=Independent(), order="random"),
+    'order: received "halton" for length 6, expected a square grid, as 64 = 8 * 8': refused(
+        order="halton"
+    ),
+    'order: received "halton" for length 3, expected a square grid': refused(
+        order="halton", tokens=TOKENS
+    ),
+    # How many now.
+    "reveal: received 3, expected a function of a Step, as Threshold(0.9), or None": refused(
+        reveal=3
+    ),
+    "reveal: received 'threshold', expected a function of a Step": refused(reveal="threshold"),
+    "reveal: received P2(), expected a function of a Step": refused(reveal=P2()),
+    "reveal: received the class Threshold, expected an instance, as Threshold()": refused(
+        reveal=Threshold
+    ),
+    "reveal: returned array(1), expected integers of shape [1], one a sequence": revealing(1),
+    "reveal: returned array([0, 1]) in step 1, expected at least 1 wherever something is masked": (
+        revealing(np.array([0, 1]), batch_size=2)
+    ),
+    "reveal: returned array([-1]) in step 1": revealing(np.array([-1])),
+    "reveal: returned array([1.]), expected integers of shape [1], one a sequence": revealing(
+        np.ones(1)
+    ),
+    "reveal: returned array([1, 1]), expected integers of shape [1], one a sequence": revealing(
+        np.ones(2, int)
+    ),
+    "reveal: returned array([[1, 1]]), expected integers of shape [2], one a sequence": revealing(
+        np.ones((1, 2), int), batch_size=2
+    ),
+    "reveal: returned array([ True]), expected integers of shape [1]": revealing(np.ones(1, bool)),
+    "reveal: returned array(None, dtype=object), expected integers of shape [1]": revealing(None),
+    "reveal: cannot be made an array": revealing([[1], [1, 2]]),
+    "reveal: received a masked array": revealing(np.ma.masked_equal([1], 1)),
+    "block_length: received 0, expected an integer >= 1": refused(block_length=0),
+    "block_length: received 2.0, expected an integer": refused(block_length=2.0),
+    "block_length: received True, expected an integer": refused(block_length=True),
+    "num_steps: received 2, expected at least one for each of the 3 blocks of block_length 2": (
+        refused(num_steps=2, block_length=2)
+    ),
+    # What is taken back.
+    "remask: received 'p2', expected a Remask, as P2(), or None": refused(remask="p2"),
+    "remask: received Threshold(probability=0.9), expected a Remask": refused(remask=Threshold()),
+    "remask: received the class P2, expected an instance, as P2()": refused(remask=P2),
+    # Rules that contradict each other.
+    'order: received "random", expected "confidence" with reveal=Threshold(probability=0.9)': (
+        refused(reveal=Threshold(), order="random", rng=RNG)
+    ),
+    'order: received "entropy", expected "confidence" with reveal=Factor(factor=1.0)': refused(
+        reveal=Factor(), order="entropy"
+    ),
+    'order: received "confidence", expected "entropy" with reveal=EntropyBounded(bound=0.1)': (
+        refused(reveal=EntropyBounded())
+    ),
+    'order: received "confidence", expected "random" with reveal=Independent()': refused(
+        reveal=Independent(), rng=RNG
+    ),
+    'order: received "confidence", expected "random" with remask=ReMDMCap(eta=0.008)': refused(
+        remask=ReMDMCap(), rng=RNG
+    ),
+    "choice_temperature: received 1.0, expected 0 with Threshold(probability=0.9), which": refused(
+        reveal=Threshold(), choice_temperature=1.0, rng=RNG
+    ),
+    "order_temperature: received 1.0, expected 0 with QuotaOrThreshold(probability=0.95)": refused(
+        reveal=QuotaOrThreshold(), order_temperature=1.0, rng=RNG
+    ),
+    "reveal: received Threshold(probability=0.9), expected None with P2(), which says": refused(
+        reveal=Threshold(), remask=P2()
+    ),
+    "reveal: received Independent(), expected None with ReMDMConf(), which says how many": refused(
+        reveal=Independent(), remask=ReMDMConf(), order="random", rng=RNG
+    ),
+    "block_length: received 2, expected None with P2(), which is defined on all": refused(
+        block_length=2, remask=P2()
+    ),
+    "block_length: received 2, expected None with Edit(bound=0.9), which is defined": refused(
+        block_length=2, remask=Edit()
+    ),
+    "block_length: received 2, expected None with Independent(), which is defined": refused(
+        block_length=2, reveal=Independent(), order="random", rng=RNG
+    ),
+    'guidance: received "linear", expected "constant" with Threshold(probability=0.9)': guided(
+        reveal=Threshold()
+    ),
+    'guidance: received "linear", expected "constant" with <function': guided(
+        reveal=lambda step: np.ones(1, int)
+    ),
+    'guidance: received "linear", expected "constant" with P2(): what will be known': guided(
+        remask=P2()
+    ),
+    'guidance: received "linear", expected "constant" with ReMDMCap(eta=0.008)': guided(
+        remask=ReMDMCap(), order="random", rng=RNG
     ),
     # The optimiser.
     "state.step: received -1": lambda way: way.adam_step(
@@ -396,7 +600,7 @@ def test_bad_call_of_both_ways(way, message):
 
 
 def test_the_table_is_long_enough():
-    assert len(BAD_CALLS) + len(BAD_CALLS_OF_BOTH_WAYS) >= 60
+    assert len(BAD_CALLS) + len(BAD_CALLS_OF_BOTH_WAYS) >= 220
 
 
 def test_only_a_few_of_many_wrong_names_are_listed():
@@ -407,3 +611,8 @@ def test_only_a_few_of_many_wrong_names_are_listed():
 def test_hyper_parameters_cannot_be_changed_behind_the_checks():
     with pytest.raises(dataclasses.FrozenInstanceError):
         MODEL.dropout = 2.0
+
+
+def test_the_order_of_a_grid_cannot_be_changed_for_all_who_ask_next():
+    with pytest.raises(ValueError, match="read-only"):
+        halton(4)[0] = 3
