@@ -102,17 +102,17 @@ class Rule:
             )
 
     def _check_together(self) -> None:
+        if self.remask is not None and self.remask.counts_itself and self.reveal is not None:
+            raise ValueError(
+                f"reveal: received {self.reveal}, expected None with {self.remask}, which says how "
+                "many are revealed"
+            )
         for name, value in (("reveal", self.reveal), ("remask", self.remask)):
             order = _order_of(value)
             if order not in (None, self.order):
                 raise ValueError(
                     f'order: received "{self.order}", expected "{order}" with {name}={value}'
                 )
-        if self.remask is not None and self.remask.counts_itself and self.reveal is not None:
-            raise ValueError(
-                f"reveal: received {self.reveal}, expected None with {self.remask}, which says how "
-                "many are revealed"
-            )
         by_chance = self.remask is not None or _order_of(self.reveal) == "random"
         if self.block_length is not None and by_chance:
             raise ValueError(
