@@ -247,6 +247,13 @@ def test_bash_completes_commands_options_choices_and_files(capsys, tmp_path, mon
     assert completed(script, "marref", "sa") == ["sample"]
     assert completed(script, "marref", "sample", "--top") == ["--top-k", "--top-p"]
     assert completed(script, "marref", "sample", "--order", "r") == ["random"]
+    assert completed(script, "marref", "sample", "--schedule", "s") == ["square", "square-root"]
+    assert completed(script, "marref", "sample", "--re") == ["--reveal", "--remask"]
+    assert completed(script, "marref", "sample", "--reveal", "t") == ["threshold"]
+    assert completed(script, "marref", "sample", "--remask", "remdm-c") == [
+        "remdm-cap",
+        "remdm-conf",
+    ]
     monkeypatch.chdir(tmp_path)
     (tmp_path / "book.txt").touch()
     for words in (["train", "b"], ["sample", "--prompt", "b"], ["sample", "--out", "b"]):

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import marref
-from marref import cli, trees
+from marref import cli, decoding, trees
 from marref.cli import drawing, prompts, sample
 from marref.data.codecs import Bytes, Characters
 from marref.training import checkpoints, runs
@@ -197,6 +197,7 @@ def test_what_a_sample_is_drawn_with(run, monkeypatch, capsys):
 
     def decode(*args, **options):
         seen.append([options[name] for name in ("order", "choice_temperature", "num_steps")])
+        assert (options["reveal"], options["remask"]) == (None, None)
         return np.ones((1, 16), int), {"tokens": np.ones((1, 1, 16), int)}
 
     monkeypatch.setattr(marref, "iterative_decode", decode)
@@ -213,6 +214,87 @@ def test_what_a_sample_is_drawn_with(run, monkeypatch, capsys):
         ["confidence", 2.0, 16],
         ["confidence", 0.0, 5],
     ]
+
+
+@pytest.mark.parametrize(
+    ("options", "order", "noise", "rule"),
+    [
+        ("--reveal threshold", "confidence", 0.0, decoding.Threshold(0.9)),
+        ("--reveal threshold:0.5", "confidence", 0.0, decoding.Threshold(0.5)),
+        ("--reveal threshold --order confidence", "confidence", 0.0, decoding.Threshold(0.9)),
+        ("--reveal quota-or-threshold", "confidence", 0.0, decoding.QuotaOrThreshold(0.95)),
+        ("--reveal factor:2", "confidence", 0.0, decoding.Factor(2.0)),
+        ("--reveal entropy-bounded", "entropy", 0.0, decoding.EntropyBounded(0.1)),
+        ("--reveal independent", "random", 0.0, decoding.Independent()),
+        ("--remask remdm-cap", "random", 0.0, decoding.ReMDMCap(0.008)),
+        ("--remask remdm-rescale:1", "random", 0.0, decoding.ReMDMRescale(1.0)),
+        ("--remask remdm-conf", "random", 0.0, decoding.ReMDMConf()),
+        ("--remask remdm-loop:0.1", "random", 0.0, decoding.ReMDMLoop(eta=0.1)),
+        ("--remask p2", "confidence", 0.0, decoding.P2()),
+        ("--remask p2 --order margin", "margin", 0.0, decoding.P2()),
+        ("--remask p2 --choice-temperature 2", "confidence", 2.0, decoding.P2()),
+        ("--remask edit", "random", 0.0, decoding.Edit(0.9)),
+        ("--remask edit:0.5 --order entropy", "entropy", 0.0, decoding.Edit(0.5)),
+        ("--remask edit --reveal factor", "confidence", 0.0, decoding.Edit(0.9)),
+        ("--order-temperature 0.1", "confidence", 0.0, None),
+        ("--order left-to-right", "left-to-right", 0.0, None),
+    ],
+)
+def test_a_rule_brings_its_order_and_its_number(options, order, noise, rule, run, monkeypatch):
+    seen = []
+    original = marref.iterative_decode
+
+    def decode(*args, **options):
+        seen.append(options)
+        return original(*args, **options)
+
+    monkeypatch.setattr(marref, "iterative_decode", decode)
+    words = ["--num", "1", "--steps", "4", *options.split()]
+    assert cli.main(["sample", str(run), *words]) == 0
+    assert (seen[0]["order"], seen[0]["choice_temperature"]) == (order, noise)
+    assert rule in (None, seen[0]["reveal"], seen[0]["remask"])
+
+
+def test_what_says_how_a_token_is_drawn_reaches_the_decoder(run, monkeypatch, capsys):
+    seen = []
+
+    def decode(*args, **options):
+        seen.append(options)
+        return np.ones((1, 16), int), {"tokens": np.ones((1, 1, 16), int)}
+
+    monkeypatch.setattr(marref, "iterative_decode", decode)
+    options = "--min-p 0.1 --exclude-ids 0,7 --score-temperature 2 --order-temperature 0.5"
+    said(capsys, "sample", run, "--num", 1, *options.split(), "--block-length", 4)
+    expected = {
+        "min_p": 0.1,
+        "exclude_ids": [1, 8],
+        "score_temperature": 2.0,
+        "order_temperature": 0.5,
+        "block_length": 4,
+    }
+    assert {name: seen[0][name] for name in expected} == expected
+
+
+def test_ids_that_are_excluded_are_numbered_as_those_that_are_written(numbers, tmp_path, capsys):
+    options = ["--num", 20, "--exclude-ids", "0,1,2,4,6", "--out", tmp_path / "s.npy"]
+    said(capsys, "sample", numbers, *options)
+    assert set(np.load(tmp_path / "s.npy").ravel()) == {3, 5}
+
+
+def test_of_all_ids_one_must_be_left(numbers, capsys):
+    assert cli.main(["sample", str(numbers), "--exclude-ids", "6,5,4,3,2,1,0"]) == 2
+    error = capsys.readouterr().err
+    assert error == "marref: --exclude-ids: received all 7, expected one to be left\n"
+
+
+def test_blocks_are_filled_from_the_left(run, capsys):
+    options = ["--num", 1, "--block-length", 4, "--show-steps"]
+    printed = said(capsys, "sample", run, "--prompt", "_" * 12, *options)
+    stages = re.split(r"--- 1, step \d+/12\n", printed)[1:]
+    filled = [[c != "_" for c in stage[:12]] for stage in stages]
+    assert [sum(each[:4]) for each in filled[:4]] == [1, 2, 3, 4]
+    assert [sum(each[4:8]) for each in filled] == [0] * 4 + [1, 2, 3] + [4] * 5
+    assert not any(any(each[8:]) for each in filled[:8])
 
 
 def test_samples_are_written_as_ids_that_can_be_loaded_and_as_text(run, tmp_path, capsys):
@@ -353,6 +435,48 @@ def test_an_animation_shows_every_step_and_begins_with_nothing(digits, tmp_path,
     assert masked == [2 * 64, 2 * 48, 2 * 32, 2 * 16, 0]
     said(capsys, "sample", digits, *options, "--out", tmp_path / "s.png")
     np.testing.assert_array_equal(shown[-1], frames(tmp_path / "s.png")[0])
+
+
+def test_what_is_taken_back_is_masked_again_wherever_it_is_shown(
+    digits, tmp_path, capsys, monkeypatch
+):
+    pytest.importorskip("PIL.Image")
+    monkeypatch.chdir(tmp_path)
+    options = ["--num", 1, "--remask", "remdm-rescale:1", "--steps", 8]
+    said(capsys, "sample", digits, *options, "--gif", "s.gif")
+    factor = 512 // 9
+    drawn = np.stack([holes(frame[::factor, ::factor])[:8, :8] for frame in frames("s.gif")])
+    assert len(drawn) == 9
+    assert (drawn[1:] & ~drawn[:-1]).any(), "something is taken back"
+    assert not drawn[-1].any()
+
+    printed = said(capsys, "sample", digits, *options, "--show-steps")
+    texts = re.split(r"--- 1, step \d/8\n", printed)[1:]
+    assert [text.count("__") for text in texts] == drawn[1:].sum(axis=(1, 2)).tolist()
+
+    said(capsys, "sample", digits, *options, "--show-steps", "--out", "s.png")
+    (picture,) = frames("s.png")
+    factor = 512 // (9 * 9)
+    rows = holes(picture[::factor, ::factor]).reshape(9, 9, 9)[:, :8, :8]
+    np.testing.assert_array_equal(rows, drawn)
+
+
+def test_a_sample_that_takes_fewer_steps_waits_for_the_others(
+    digits, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    pytest.importorskip("PIL.Image")
+    drawn = []
+    monkeypatch.setattr(drawing, "animation", lambda path, codec, stages: drawn.append(stages))
+    options = ["--num", 3, "--reveal", "threshold:0.15"]
+    said(capsys, "sample", digits, *options, "--gif", "s.gif", "--out", "s.npy")
+    (stages,) = drawn
+    steps = [int(np.argmin(masked)) for masked in (stages == 0).any(axis=2).T]
+    assert len(set(steps)) > 1
+    assert len(stages) == 1 + max(steps)
+    for index, number in enumerate(steps):
+        assert (stages[number:, index] == stages[number, index]).all()
+    np.testing.assert_array_equal(np.load("s.npy"), stages[-1] - 1)
 
 
 def test_of_many_steps_some_are_shown_and_the_last_always(digits):
@@ -526,6 +650,53 @@ BAD = {
         "sample RUN --order random --choice-temperature 2",
         "choice_temperature",
     ),
+    "an unknown rule": (
+        "sample RUN --reveal thresh",
+        "--reveal: received 'thresh', expected one of threshold, quota-or-threshold, factor",
+    ),
+    "an unknown remask": (
+        "sample RUN --remask remdm",
+        "--remask: received 'remdm', expected one of remdm-cap, remdm-rescale",
+    ),
+    "a rule without its number": ("sample RUN --reveal threshold:", "expected a number"),
+    "a rule with a word": ("sample RUN --reveal factor:two", "received two, expected a number"),
+    "a rule with two numbers": ("sample RUN --remask edit:1:2", "received 1:2, expected a number"),
+    "a number that the rule has not": (
+        "sample RUN --remask p2:3",
+        "received 'p2:3', expected p2 without a number",
+    ),
+    "a rule out of range": (
+        "sample RUN --reveal threshold:1.5",
+        "--reveal: Threshold: probability: received 1.5, expected a number in [0, 1]",
+    ),
+    "no entropy": ("sample RUN --reveal entropy-bounded:-1", "bound: received -1.0"),
+    "no probability": ("sample RUN --remask remdm-cap:nan", "eta: received nan"),
+    "a rule in another order": (
+        "sample RUN --reveal threshold --order random",
+        'order: received "random", expected "confidence"',
+    ),
+    "a rule with noise": (
+        "sample RUN --reveal threshold --choice-temperature 1",
+        "choice_temperature: received 1.0, expected 0",
+    ),
+    "two that say how many": (
+        "sample RUN --reveal threshold --remask remdm-cap",
+        "reveal: received Threshold(probability=0.9), expected None with ReMDMCap(eta=0.008)",
+    ),
+    "blocks taken back": ("sample RUN --block-length 4 --remask p2", "block_length: received 4"),
+    "no block": ("sample RUN --block-length 0", "received 0, expected an integer >= 1"),
+    "more blocks than steps": ("sample RUN --block-length 2 --steps 3", "each of the 8 blocks"),
+    "no min p": ("sample RUN --min-p 0", "min_p: received 0.0, expected a number in (0, 1]"),
+    "no ids": ("sample RUN --exclude-ids a,b", "expected integers with commas between them"),
+    "an id that is none": ("sample RUN --exclude-ids 0,900", "--exclude-ids: id 900 at [1]"),
+    "a huge id": (f"sample RUN --exclude-ids {10**30}", "--exclude-ids: dtype object"),
+    "no score temperature": ("sample RUN --score-temperature 0", "score_temperature: received 0"),
+    "two temperatures of the order": (
+        "sample RUN --order-temperature 1 --choice-temperature 1",
+        "order_temperature: received 1.0 with choice_temperature 1.0",
+    ),
+    "no grid": ("sample RUN --order halton --prompt a_", "expected a square grid"),
+    "an unknown schedule": ("sample RUN --schedule sine", "invalid choice"),
     "a prompt without blanks": ("sample RUN --prompt fox", "has no _"),
     "a prompt that is too long": ("sample RUN --prompt fox______________", "at most 16"),
     "a character that is unknown": ("sample RUN --prompt Z_", "'Z' (U+005A)"),

@@ -1,8 +1,9 @@
 """How a command line is read: one line for what is wrong with it, and the nearest name."""
 
 import argparse
+import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from marref import checks
@@ -38,12 +39,53 @@ def examples(*lines: str) -> str:
     return "examples:\n" + "\n".join(f"  {line}" for line in lines)
 
 
+class Named:
+    """Reads the name of a rule, or ``name:number``, and makes the rule of it."""
+
+    def __init__(self, known: Mapping[str, type[Any]]) -> None:
+        self.known = known
+
+    def __call__(self, text: str) -> Any:
+        """Make a rule, without a number with its default."""
+        name, colon, number = text.partition(":")
+        if name not in self.known:
+            known = ", ".join(self.known)
+            raise argparse.ArgumentTypeError(f"received {name!r}, expected one of {known}")
+        rule = self.known[name]
+        if not colon:
+            return rule()
+        if not dataclasses.fields(rule):
+            raise argparse.ArgumentTypeError(f"received {text!r}, expected {name} without a number")
+        try:
+            return rule(real(number))
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    def described(self) -> str:
+        """List the names, with their numbers."""
+        fields = {name: dataclasses.fields(rule)[:1] for name, rule in self.known.items()}
+        return ", ".join(
+            ":".join([name, *(str(field.default) for field in of_rule)])
+            for name, of_rule in fields.items()
+        )
+
+
 def integer(text: str) -> int:
     """Read an integer."""
     try:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"received {text}, expected an integer") from None
+
+
+def integers(text: str) -> list[int]:
+    """Read integers with commas between them."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"received {text!r}, expected integers with commas between them"
+        ) from None
 
 
 def real(text: str) -> float:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from marref.cli.arguments import Named
+
 SHELLS = ("bash", "zsh", "tcsh")
 _FILES = ("data", "tokenizer", "prompt")  # options that may name a file, beside those of type Path
 
@@ -23,6 +25,8 @@ class PrintCompletion(argparse.Action):
         for action in _actions(parser):
             if action.type is Path or action.dest in _FILES:
                 action.complete = shtab.FILE  # type: ignore[attr-defined]
+            if isinstance(action.type, Named):
+                action.choices = tuple(action.type.known)
         print(shtab.complete(parser, shell))
         parser.exit()
 

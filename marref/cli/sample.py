@@ -8,22 +8,19 @@ import numpy as np
 
 import marref
 from marref import chance, checks, data, files
-from marref.cli import arguments, classes, drawing, prompts
+from marref.cli import arguments, classes, drawing, prompts, rules
 from marref.cli.pictures import shown
 from marref.data.codecs import Bytes, Characters, Codec, Pixels, Tokenizer
-from marref.decoding import ORDERS
-from marref.schedules import SCHEDULES
 from marref.training import runs
 from marref.training.checkpoints import Checkpoint
 from marref.trees import Array
 
-# MaskGIT's published code; without noise the surest tokens come first, and in text these are
-# blanks, until there is nothing else.
-_CHOICE_TEMPERATURE = 4.5
 _SUFFIXES = (".npy", ".png", ".txt")
 _EXAMPLES = arguments.examples(
     "marref sample run",
     "marref sample run --num 8 --steps 32 --temperature 0.8 --seed 1",
+    "marref sample run --reveal threshold:0.8 --block-length 16",
+    "marref sample run --remask remdm-loop --steps 1000",
     'marref sample run --prompt "The quick ________ fox" --show-steps',
     "marref sample run --num 64 --out samples.png --gif unmasking.gif",
     "marref sample run --prompt picture-with-a-hole.png --num 16 --out filled.png",
@@ -43,22 +40,7 @@ def add(commands: Any) -> None:
     sample.add_argument("run_folder", metavar="RUN", type=Path, help="the folder of marref train")
     sample.add_argument("--num", type=arguments.positive, default=4, help="default: 4")
     sample.add_argument("--steps", type=arguments.positive, help="default: one a blank")
-    sample.add_argument(
-        "--temperature", type=arguments.real, default=1.0, help="default: 1; 0: no chance"
-    )
-    sample.add_argument("--top-k", type=arguments.positive, help="draw from so many ids")
-    sample.add_argument(
-        "--top-p", type=arguments.real, help="draw from the likeliest ids that have this share"
-    )
-    sample.add_argument(
-        "--choice-temperature",
-        type=arguments.real,
-        help=f"noise on confidence; default: {_CHOICE_TEMPERATURE} with --order confidence",
-    )
-    sample.add_argument(
-        "--order", choices=ORDERS, help="default: random; with --choice-temperature: confidence"
-    )
-    sample.add_argument("--schedule", choices=tuple(SCHEDULES), default="cosine")
+    rules.add_arguments(sample)
     sample.add_argument("--seed", type=arguments.not_negative, default=0, help="default: 0")
     sample.add_argument(
         "--prompt",
@@ -91,15 +73,16 @@ def _run(parsed: argparse.Namespace) -> int:
     settings = runs.read_settings(parsed.run_folder)
     length = settings["data"]["length"]
     labels = classes.drawn(parsed, runs.classes_of(settings))
+    options = rules.settings(parsed, codec)
     start = np.zeros(length, np.int64)
     if parsed.prompt is not None:
         start = prompts.read(parsed.prompt, codec, length)
     drawn = []
     for index in range(parsed.num):
-        stages = _sample(checkpoint, start, labels[index], index, parsed)
+        stages = _sample(checkpoint, start, labels[index], index, parsed, options)
         _say(stages, index, codec, parsed)
         drawn.append(stages if parsed.gif or _draws_steps(parsed) else stages[-1:])
-    _write(np.stack(drawn, axis=1), codec, parsed)
+    _write(_together(drawn), codec, parsed)
     return 0
 
 
@@ -109,6 +92,7 @@ def _sample(
     label: int | None,
     index: int,
     parsed: argparse.Namespace,
+    options: dict[str, Any],
 ) -> Array:
     """Generate one sequence, which depends on its number and not on how many there are.
 
@@ -117,28 +101,27 @@ def _sample(
     int64 array [1 + steps, length]
         What it starts from, and the tokens after every step.
     """
-    order = parsed.order or ("confidence" if parsed.choice_temperature else "random")
-    noise = parsed.choice_temperature
-    if noise is None:
-        noise = _CHOICE_TEMPERATURE if order == "confidence" else 0.0
     _, steps = marref.iterative_decode(
         checkpoint.model,
         checkpoint.state.averaged,
         tokens=start[np.newaxis],
         num_steps=parsed.steps or int((start == 0).sum()),
-        temperature=parsed.temperature,
-        top_k=parsed.top_k,
-        top_p=parsed.top_p,
-        choice_temperature=noise,
-        order=order,
-        schedule=parsed.schedule,
         labels=None if label is None else [label],
         guidance_scale=parsed.guidance_scale,
         guidance=parsed.guidance,
         rng=chance.generator(parsed.seed, "sample", index),
         return_steps=True,
+        **options,
     )
     return np.concatenate([start[np.newaxis], steps["tokens"][:, 0]])
+
+
+def _together(drawn: list[Array]) -> Array:
+    """Make [steps, num, length] of samples [steps, length]: those with fewer steps stay at last."""
+    most = max(map(len, drawn))
+    return np.stack(
+        [np.pad(stages, ((0, most - len(stages)), (0, 0)), "edge") for stages in drawn], axis=1
+    )
 
 
 def _draws_steps(parsed: argparse.Namespace) -> bool:
