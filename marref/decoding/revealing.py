@@ -2,7 +2,7 @@
 
 Either the schedule says so, before anything is predicted (`marref.schedules`), or a rule that looks
 at the predictions.  A rule is called with a `Step` and returns a number for each sequence; as many
-are revealed, those of highest priority.  Those below with a rule in their name:
+are revealed, those of highest priority.  The rules below:
 
 | rule | reveals | source |
 | --- | --- | --- |
@@ -34,7 +34,7 @@ class Step:
     num_steps: int
     """K, as `iterative_decode` was told."""
     quota: Array
-    """[batch]; how many the schedule reveals, 0 in a sequence that is complete."""
+    """[batch]; how many the schedule reveals, 0 where it is not asked or has come to its end."""
     masked: Array
     """[batch, length]; where something may be revealed: masked, and in the present block."""
     generated: Array
@@ -46,7 +46,8 @@ class Step:
     predicted: Array
     """[batch, length]; the predicted ids, where there is a prediction."""
     confidence: Array
-    """[batch, length]; p of the predicted id; where generated, of the id that is there."""
+    """[batch, length]; p of the predicted id; where nothing is predicted, that with which the id
+    that is there was revealed, and 1 where it was known."""
     score: Array
     """[batch, length]; see `marref.decoding.ordering.score`."""
     priority: Array

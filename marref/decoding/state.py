@@ -31,13 +31,13 @@ class View(NamedTuple):
     ranked: Array
     """[batch, length]; where something may be chosen."""
     quota: Array
-    """[batch]; how many the schedule reveals, 0 where it is not asked."""
+    """[batch]; how many the schedule reveals, 0 where it is not asked or has come to its end."""
     plan_step: Array
     """[batch]; the step of the plan that this is, from 0."""
 
 
 class Chance(NamedTuple):
-    """What is drawn for a step, each array float64 [batch, length] or None; NaN where not used."""
+    """What is drawn for a step, each float64 [batch, length], NaN where nothing is, or None."""
 
     uniforms: Array | None = None
     """In [0, 1), for the tokens that are drawn."""
