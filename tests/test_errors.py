@@ -516,6 +516,9 @@ BAD_CALLS_OF_BOTH_WAYS = {
     "reveal: received Independent(), expected None with ReMDMConf(), which says how many": refused(
         reveal=Independent(), remask=ReMDMConf(), order="random", rng=RNG
     ),
+    'order: received "halton", expected one that looks at predictions, or "random"': refused(
+        order="halton", remask=P2()
+    ),
     "block_length: received 2, expected None with P2(), which is defined on all": refused(
         block_length=2, remask=P2()
     ),

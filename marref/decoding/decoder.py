@@ -306,12 +306,10 @@ def start(
 def _stacked(
     steps: list[dict[str, Array]], shape: tuple[int, ...], dtype: np.dtype[Any]
 ) -> dict[str, Array]:
-    """Stack what every step returned; without a step, the states alone, with none in them."""
+    """Stack what every step returned; without a step, all but what is drawn, with none in it."""
     if steps:
         return {name: np.array([step[name] for step in steps]) for name in steps[0]}
-    none = np.zeros((0, *shape))
-    return {
-        "tokens": none.astype(np.int64),
-        "mask": none.astype(np.bool_),
-        "confidence": none.astype(dtype),
-    }
+    kinds: dict[str, Any] = {"tokens": np.int64, "confidence": dtype, "score": dtype}
+    kinds |= dict.fromkeys(("mask", "revealed", "taken_back", "replaced"), np.bool_)
+    none = {name: np.zeros((0, *shape), kind) for name, kind in kinds.items()}
+    return {**none, "count": np.zeros((0, shape[0]), np.int64)}

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from marref import checks
 from marref.decoding.grid import halton
-from marref.decoding.remasking import Remask
+from marref.decoding.remasking import P2, Remask
 from marref.decoding.revealing import Reveal
 from marref.model import MAR
 from marref.schedules import SCHEDULES, Schedule
@@ -113,6 +113,11 @@ class Rule:
                 raise ValueError(
                     f'order: received "{self.order}", expected "{order}" with {name}={value}'
                 )
+        if isinstance(self.remask, P2) and self.order in ("left-to-right", "halton"):
+            raise ValueError(
+                f'order: received "{self.order}", expected one that looks at predictions, or '
+                f'"random", with {self.remask}: places do not change, nothing would be taken back'
+            )
         by_chance = self.remask is not None or _order_of(self.reveal) == "random"
         if self.block_length is not None and by_chance:
             raise ValueError(
