@@ -144,8 +144,8 @@ def falling(
     that one token is left for several steps, these would reveal nothing: they are not taken.
 
     The floor is that of the exact number: N γ is raised by N·2⁻⁴⁸ first, more than its error in
-    float64, so that a whole number stays one.  The tests hold every N and K up to 256 to 50-digit
-    arithmetic.
+    float64, so that a whole number stays one.  The tests hold every N up to 256, with every K up to
+    32 and each 16th beyond, to 50-digit arithmetic.
 
     Parameters
     ----------

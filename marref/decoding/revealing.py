@@ -172,7 +172,8 @@ class Independent:
 
     def __call__(self, step: Step) -> Array:
         """Count the masked positions whose number, uniform in [0, 1), is among the largest."""
-        return count_with_chance(step, 1.0 / (step.num_steps - step.number + 1))
+        left = max(step.num_steps - step.number + 1, 1)  # Edit may add steps with nothing masked.
+        return count_with_chance(step, 1.0 / left)
 
 
 def count_with_chance(step: Step, chance: float) -> Array:
