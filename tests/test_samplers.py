@@ -69,6 +69,10 @@ RULES = {
         FOUR,
         Rule(num_steps=4, block_length=2, reveal=("quota-or-threshold", F(1, 2))),
     ),
+    "quota after a block that was done early": (
+        (0, 0, 2, 0, 0, 0),
+        Rule(num_steps=4, block_length=3, reveal=("quota-or-threshold", F(1, 2))),
+    ),
     "threshold": (THREE, Rule(reveal=("threshold", F(2, 5)))),
     "threshold, untempered": (
         THREE,
@@ -89,7 +93,7 @@ RULES = {
         Rule(
             num_steps=4,
             order="random",
-            remask=("remdm-loop", F(1, 5), F(3, 4), F(1, 4), F(4, 5)),
+            remask=("remdm-loop", F(1, 5), F(3, 4), F(1, 2), F(4, 5)),
         ),
     ),
     "P2": (THREE, Rule(remask=("p2",))),
@@ -158,7 +162,7 @@ def table_for(start, rule):
     Of two ids that may be drawn, confidence, margin and entropy order positions alike, at every
     temperature.
     """
-    if len(start) > 4:
+    if len(start) > 6:
         return Table(len(start), 2)
     few = len(start) < 4 and rule.num_steps < 4 and not rule.remask[0].startswith("remdm")
     return Table(len(start), 4 if few else 3)
@@ -638,7 +642,7 @@ def test_options_that_keep_all_change_no_bit(name):
 REMDM = {
     "cap": ("remdm-cap", F(3, 5)),
     "rescale": ("remdm-rescale", F(2, 5)),
-    "loop": ("remdm-loop", F(1, 5), F(3, 4), F(1, 4), F(4, 5)),
+    "loop": ("remdm-loop", F(1, 5), F(3, 4), F(1, 2), F(4, 5)),
 }
 
 
