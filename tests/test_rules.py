@@ -80,7 +80,7 @@ def traced(way, case, options, rng, tokens=None):
 
 @both_ways
 @given(decoding_=decodings())
-@settings(max_examples=150)
+@settings(max_examples=60)
 def test_known_tokens_stay_and_what_is_excluded_is_never_emitted(way, decoding_):
     case, options, make_rng = decoding_
     tokens, steps = traced(way, case, options, make_rng())
@@ -96,7 +96,7 @@ def test_known_tokens_stay_and_what_is_excluded_is_never_emitted(way, decoding_)
 
 @both_ways
 @given(decoding_=decodings())
-@settings(max_examples=100)
+@settings(max_examples=50)
 def test_no_more_steps_than_stated_and_each_reveals_something_where_that_is_stated(way, decoding_):
     case, options, make_rng = decoding_
     _, steps = traced(way, case, options, make_rng())
@@ -114,7 +114,7 @@ def test_no_more_steps_than_stated_and_each_reveals_something_where_that_is_stat
 
 @both_ways
 @given(decoding_=decodings())
-@settings(max_examples=100)
+@settings(max_examples=60)
 def test_each_state_follows_from_the_one_before_and_what_was_done(way, decoding_):
     case, options, make_rng = decoding_
     _, steps = traced(way, case, options, make_rng())
@@ -146,7 +146,7 @@ def test_each_state_follows_from_the_one_before_and_what_was_done(way, decoding_
 
 
 @given(decoding_=decodings())
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_definition_and_fast_way_agree_in_every_rule(decoding_):
     case, options, make_rng = decoding_
     expected, steps = traced(DEFINITION, case, options, make_rng())
@@ -162,7 +162,7 @@ def test_definition_and_fast_way_agree_in_every_rule(decoding_):
 
 @both_ways
 @given(decoding_=decodings(chance=False))
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_without_chance_a_sequence_does_not_depend_on_its_batch_in_any_rule(way, decoding_):
     case, options, _ = decoding_
     together, _ = traced(way, case, options, None)
