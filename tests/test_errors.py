@@ -519,6 +519,9 @@ BAD_CALLS_OF_BOTH_WAYS = {
     'order: received "halton", expected one that looks at predictions, or "random"': refused(
         order="halton", remask=P2()
     ),
+    "exclude_mask_token: received False, expected True with Edit(bound=0.9), which": refused(
+        exclude_mask_token=False, remask=Edit()
+    ),
     "block_length: received 2, expected None with P2(), which is defined on all": refused(
         block_length=2, remask=P2()
     ),

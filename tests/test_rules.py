@@ -41,12 +41,14 @@ def decodings(draw, chance=True):
     noise = {}
     if order is None:
         grid = math.isqrt(length) ** 2 == length
-        order = draw(st.sampled_from(decoding.ORDERS[: 6 if grid else 5]))
+        num_orders = 4 if remask == decoding.P2() else 6 if grid else 5
+        order = draw(st.sampled_from(decoding.ORDERS[:num_orders]))
         if chance and order in ("confidence", "margin", "entropy"):
             one = st.sampled_from(["choice_temperature", "order_temperature"])
             noise = draw(st.just({}) | st.builds(lambda name: {name: 1.5}, one))
     if not chance and order == "random":
         order, reveal, remask = "confidence", None, None
+    looks_again = remask is not None and remask.looks_again
     by_itself = remask is not None or reveal == decoding.Independent()
     block_length = None if by_itself else draw(st.none() | st.integers(1, length))
     blocks = math.ceil(length / (block_length or length))
@@ -63,7 +65,7 @@ def decodings(draw, chance=True):
         "top_k": draw(st.sampled_from([None, 1, 3])),
         "top_p": draw(st.sampled_from([None, 0.6])),
         "min_p": draw(st.sampled_from([None, 0.3])),
-        "exclude_mask_token": draw(st.sampled_from([True, True, False])),
+        "exclude_mask_token": looks_again or draw(st.booleans()),
         **noise,
     }
     draws = chance and (order == "random" or noise != {} or draw(st.booleans()))

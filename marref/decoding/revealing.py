@@ -126,11 +126,9 @@ class Factor:
     def __call__(self, step: Step) -> Array:
         """Count, at least 1."""
         falling = _falling(step.confidence, step.masked)
-        place = np.arange(1, falling.shape[1] + 1)
-        passes = falling >= 1.0 - self.factor / (place + 1)
-        passes[:, 0] = True
-        passes &= ~np.isneginf(falling)
-        count: Array = np.logical_and.accumulate(passes, axis=1).sum(axis=1)
+        bounds = 1.0 - self.factor / (np.arange(falling.shape[1]) + 2.0)
+        # Bounds rise while p falls: what comes behind the first that fails, fails.
+        count: Array = np.maximum((falling >= bounds).sum(axis=1), 1)
         return count
 
 

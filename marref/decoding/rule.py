@@ -113,6 +113,11 @@ class Rule:
                 raise ValueError(
                     f'order: received "{self.order}", expected "{order}" with {name}={value}'
                 )
+        if self.remask is not None and self.remask.looks_again and not self.exclude_mask_token:
+            raise ValueError(
+                f"exclude_mask_token: received False, expected True with {self.remask}, which "
+                "could not tell an emitted [MASK] from a masked position"
+            )
         if isinstance(self.remask, P2) and self.order in ("left-to-right", "halton"):
             raise ValueError(
                 f'order: received "{self.order}", expected one that looks at predictions, or '
