@@ -64,7 +64,8 @@ def vectors_of(seed: int, framework: str) -> Golden:
 def run_torch(vectors: Golden, precision: str, rng: np.random.Generator) -> dict[str, np.ndarray]:
     """What a right PyTorch program of random style hands over."""
     style = in_torch.Style.draw(rng)
-    return in_torch.TorchPort(vectors, style, precision).arrays(in_torch.SECTIONS)
+    sections = (*in_torch.SECTIONS, "samplers")
+    return in_torch.TorchPort(vectors, style, precision).arrays(sections)
 
 
 def run_flax(vectors: Golden, precision: str, rng: np.random.Generator) -> dict[str, np.ndarray]:

@@ -235,7 +235,7 @@ def test_right_ports_are_measured_against_budgets_in_every_section(vectors, prec
     from benchmarks import budgets
 
     rows = next(budgets.measured("torch", precision, 2))
-    assert len({row.name.split("/")[0] for row in rows}) == 9
+    assert len({row.name.split("/")[0] for row in rows}) == 10
     assert not [row for row in rows if row.verdict == "DIFFERS"]
     assert max(row.relative for row in rows) > 0
 

@@ -20,15 +20,16 @@ import numpy as np
 import pytest
 
 import marref
-from marref import trees
+from marref import files, trees
 from marref.layers import gelu, layer_norm
-from marref.verify import faults, golden, self_check
+from marref.verify import faults, golden, samplers, self_check
 from marref.verify.faults import CATALOGUE, OF_CLASSES, STAGES
 from marref.verify.faults.page import differences, first_difference, first_differences, page
 
 from . import oracle, strategies
 from .test_decoding import rule as decoding_rule
 from .test_decoding import with_logits
+from .test_golden_samplers import of_sampler, port_of
 from .test_torch import (
     NAMES,
     assert_close,
@@ -485,6 +486,7 @@ SECTIONS = {
     "optimiser": ("adam/", "adamw/", "clipped/"),
     "decoding": ("decode/", "schedule/", "ties/"),
     "guidance": ("guidance/",),
+    "samplers": ("samplers/",),
 }
 
 
@@ -606,7 +608,7 @@ TWO_BLOCKS = dataclasses.replace(SMALL, num_layers=2)
     [
         fault.name
         for stage, entries in STAGES.items()
-        if stage not in {"gradients", "optimiser", "decoding", "guidance", "masking"}
+        if stage not in {"gradients", "optimiser", "decoding", "guidance", "samplers", "masking"}
         for fault in entries
     ],
 )
@@ -799,6 +801,28 @@ def guidance_of_the_oracle():
         assert_close({"scale": found}, {"scale": expected})
 
 
+@functools.cache
+def steps_of_the_port():
+    """Each sampler of the shipped file, and the steps of a port in plain Python."""
+    arrays, metadata = files.load(golden.shipped("tiny"))
+    given = {name: of_sampler(arrays, name) for name in metadata["samplers"]}
+    return [
+        (name, options, given[name], port_of(given[name], options))
+        for name, options in metadata["samplers"].items()
+    ]
+
+
+def samplers_of_the_port():
+    for name, options, given, expected in steps_of_the_port():
+        rule = samplers.rule_of(options)
+        drawn = samplers.draw(name, rule, given["start"].shape)
+        logits = given["steps/logits"]
+        found = samplers.run(rule, given["start"], drawn, lambda step, _, z=logits: z[step])
+        for key, right in expected.items():
+            array = drawn["noise"] if key == "steps/noise" else found[key.removeprefix("steps/")]
+            np.testing.assert_allclose(array, right, rtol=1e-12, atol=1e-13)
+
+
 WITNESSES = (
     classes_of_the_oracle,
     guidance_of_the_oracle,
@@ -810,6 +834,7 @@ WITNESSES = (
     masking_of_the_specification,
     optimisers_of_pytorch,
     own_gradient_check,
+    samplers_of_the_port,
 )
 
 
@@ -827,8 +852,10 @@ def test_a_fault_is_caught_by_a_witness(name):
             return True
         return False
 
+    of_samplers = CATALOGUE[name] in STAGES["samplers"]
+    witnesses = reversed(WITNESSES) if of_samplers else WITNESSES
     with CATALOGUE[name].applied(), np.errstate(all="ignore"):
-        caught = any(accuses(witness) for witness in WITNESSES)
+        caught = any(accuses(witness) for witness in witnesses)
     assert caught, f"{name} fails no witness: add one to WITNESSES that it fails and marref passes"
 
 

@@ -6,7 +6,7 @@ import pytest
 
 import marref
 from marref import cli, files, trees
-from marref.verify import golden, rounding
+from marref.verify import golden, measure, rounding
 from marref.verify.comparison import Golden
 
 TINY = golden.PRESETS["tiny"]
@@ -116,20 +116,20 @@ def test_the_shipped_file_is_the_tiny_preset(tiny, capsys):
     assert cli.main(["golden", "tiny", "--where"]) == 0
     path = capsys.readouterr().out.strip()
     assert str(golden.shipped("tiny")) == path
-    assert golden.shipped("tiny").stat().st_size < 300_000
+    assert golden.shipped("tiny").stat().st_size < 450_000
     arrays, metadata = files.load(path)
     expected, _ = tiny
     assert metadata["order"] == list(expected)
     for name, array in expected.items():
-        scale = np.abs(array).max(initial=1e-3)
-        np.testing.assert_allclose(arrays[name], array, rtol=0, atol=1e-12 * scale, err_msg=name)
+        scale = max(measure.largest(array), 1e-3)
+        assert measure.difference(arrays[name], array) <= 1e-12 * scale, name
 
 
 def test_float32_files_hold_the_float64_results_rounded(tmp_path, tiny):
     cli.main(["golden", str(tmp_path / "x.npz"), "--dtype", "float32"])
     arrays, _ = files.load(tmp_path / "x.npz")
     for name, array in tiny[0].items():
-        if array.dtype.kind == "f":
+        if array.dtype.kind == "f" and not golden.is_drawn(name):
             np.testing.assert_array_equal(arrays[name], array.astype(np.float32))
 
 

@@ -7,6 +7,7 @@ through `TorchPort.tap`, every parameter through `TorchPort.weight`.
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.ports import sampler
 from marref.verify.comparison import Golden
 
 # Arrays this small gain nothing from threads, which wait for each other on a busy machine.
@@ -114,7 +116,7 @@ class TorchPort:
     Parameters
     ----------
     vectors : Golden
-        Only its parameters, batch and metadata are read.
+        Only its parameters, batch, metadata and numbers of chance are read.
     style : Style
     precision : str
     """
@@ -137,6 +139,7 @@ class TorchPort:
             torch.from_numpy(vectors.batch[name].copy()) for name in ("tokens", "targets", "mask")
         )
         self.mask = mask == 1
+        self.drawn = {name: _drawn(vectors, name) for name in vectors.metadata.get("samplers", ())}
         self.named: dict[str, Tensor] = {}
         self.residual: dict[str, Tensor] = {}
 
@@ -537,6 +540,11 @@ class TorchPort:
     def counts(self, schedule: str, num_masked: int, num_steps: int) -> Counts:
         """How many positions each step reveals."""
         num_steps = min(num_steps, num_masked)
+        if schedule == "even":
+            each, more = divmod(num_masked, num_steps)
+            return [each + (step < more) for step in range(num_steps)]
+        if schedule in GAMMAS:
+            return self.falling(GAMMAS[schedule], num_masked, num_steps)
         after = self.cosine if schedule == "cosine" else self.linear_schedule
         masked, counts = num_masked, []
         for step in range(1, num_steps + 1):
@@ -544,6 +552,19 @@ class TorchPort:
             counts.append(masked - left)
             masked = left
         return counts
+
+    def falling(
+        self, gamma: Callable[[float, int], float], num_masked: int, num_steps: int
+    ) -> Counts:
+        """What MaskGIT's other schedules reveal, without the steps that would reveal nothing."""
+        masked, counts = num_masked, []
+        for step in range(1, num_steps + 1):
+            share = gamma(step / num_steps, num_masked) if step < num_steps else 0.0
+            left = min(masked - 1, math.floor(num_masked * share + 1e-9))
+            left = max(left, 1) if step < num_steps else 0
+            counts.append(masked - left)
+            masked = left
+        return [count for count in counts if count > 0]
 
     def cosine(self, num_masked: int, num_steps: int, step: int, masked: int) -> int:
         """How many are masked after a step before the last; ``masked`` were before it."""
@@ -571,6 +592,8 @@ class TorchPort:
             arrays |= self.decoded()
         if "schedule" in sections:
             arrays |= self.schedules()
+        if "samplers" in sections:
+            arrays |= self.sampled()
         return {name: x for name, x in arrays.items() if name.split("/")[0] in sections}
 
     def decoded(self) -> dict[str, np.ndarray]:
@@ -581,6 +604,44 @@ class TorchPort:
             for key, x in self.decode(known, **options).items():
                 arrays[f"decode/{name}/{key}"] = to_numpy(x)
         return arrays
+
+    @torch.no_grad()
+    def sampled(self) -> dict[str, np.ndarray]:
+        """Take the steps of every sampler in plain Python, from logits of this program."""
+        arrays: dict[str, np.ndarray] = {}
+        for name, options in self.metadata["samplers"].items():
+            start, drawn = self.drawn[name]
+            rows: list[dict[str, list[Any]]] = []
+            for row, tokens in enumerate(start.tolist()):
+                seen: list[np.ndarray] = []
+                logits_at = functools.partial(self.sampler_logits, seen, name == "certain")
+                numbers = {key: array[:, row].tolist() for key, array in drawn.items()}
+                rows.append(sampler.sample(options, tokens, numbers, logits_at))
+                rows[-1]["logits"] = seen
+            arrays |= {
+                f"samplers/{name}/steps/{key}": self.beside(key, [row[key] for row in rows])
+                for key in rows[0]
+            }
+        return arrays
+
+    def sampler_logits(
+        self, seen: list[np.ndarray], saturated: bool, step: int, tokens: list[int]
+    ) -> list[list[float]]:
+        """Logits [length, vocab] of a sequence, which ``seen`` notes."""
+        with self.computing(), self.autocast():
+            logits = self.forward(torch.tensor([tokens]))[0].to(self.confidence_dtype())
+        if saturated:
+            logits = torch.zeros_like(logits)
+            logits[:, :2] = torch.tensor([2000.0, 1000.0])
+        seen.append(to_numpy(logits))
+        rows: list[list[float]] = logits.tolist()
+        return rows
+
+    def beside(self, key: str, rows: list[Any]) -> np.ndarray:
+        """Put rows beside each other; all but noise is float32, unless the program is wider."""
+        array = np.stack([np.asarray(row) for row in rows], axis=1)
+        wide = array.dtype.kind != "f" or key == "noise" or self.precision == "float64"
+        return array if wide else array.astype(np.float32)
 
     def schedules(self) -> dict[str, np.ndarray]:
         arrays = {}
@@ -610,6 +671,26 @@ _STOCK_LINEAR = {
     "linear2": "feed_forward.down",
 }
 _STOCK_NORM = {"norm1": "attention_norm", "norm2": "feed_forward_norm"}
+
+
+GAMMAS: dict[str, Callable[[float, int], float]] = {
+    "uniform": lambda r, n: 1 - r,
+    "square": lambda r, n: 1 - r * r,
+    "cubic": lambda r, n: 1 - r**3,
+    "square-root": lambda r, n: 1 - math.sqrt(r),
+    "log": lambda r, n: min(1.0, -math.log(r) / math.log(max(n, 2))),
+    "exp": lambda r, n: 1 - n ** (r - 1),
+    "arccos": lambda r, n: math.acos(r) * 2 / math.pi,
+}
+"""Of k/K and the number of masked positions: the share of these that stays masked."""
+
+
+def _drawn(vectors: Golden, name: str) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Where a sampler starts, and the numbers that were drawn for it."""
+    steps = f"samplers/{name}/steps/"
+    drawn = [full for full in vectors.arrays if full.startswith(steps) and "uniforms" in full]
+    numbers = {full.removeprefix(steps): vectors.arrays[full] for full in drawn}
+    return vectors.arrays[f"samplers/{name}/start"], numbers
 
 
 def is_output(name: str) -> bool:

@@ -32,7 +32,7 @@ from marref import checks, trees
 from marref.model import MAR
 from marref.positions import sinusoidal_table
 from marref.trees import Array, Tree
-from marref.verify import golden, measure
+from marref.verify import golden, measure, samplers
 from marref.verify.faults.fault import Fault
 from marref.verify.rounding import (
     EPSILON,
@@ -47,6 +47,7 @@ MULTIPLE = 8.0
 """Budget over error.  See docs/cross-checking.md for its derivation and measurement."""
 
 _NUM_RUNS = 5
+_NUM_MOVED = 32
 _SHOWN = 20
 
 
@@ -347,7 +348,9 @@ def compare(
     wider = tuple(
         name
         for name, one in precisions.items()
-        if np.asarray(arrays[name]).dtype == np.float64 and EPSILON[one] > EPSILON["float64"]
+        if np.asarray(arrays[name]).dtype == np.float64
+        and EPSILON[one] > EPSILON["float64"]
+        and not golden.is_drawn(name)
     )
     result = Comparison((), _most_common(precisions), _exceptions(precisions), wider)
     for names in _by_stage(golden_vectors, arrays) if fail_fast else [golden_vectors.order(arrays)]:
@@ -420,7 +423,7 @@ def _computed(golden_vectors: Golden, name: str, array: Array) -> bool:
         unmoved = golden_vectors.arrays["params/" + leaf.partition("/")[2]]
         if np.array_equal(array, unmoved):
             return False
-    given = section in ("params", "input")
+    given = section in ("params", "input") or golden.is_drawn(name)
     return not given and not name.endswith("attention.key.bias") and len(np.unique(array)) >= 4
 
 
@@ -486,7 +489,7 @@ def budgets(golden_vectors: Golden, names: Mapping[str, Any], precision: str) ->
         params = _shaken(golden_vectors.params, rng if run > 0 else None, precision)
         with _positions_rounded(run, precision).applied():
             _raise_to(errors, expected, _compute_in_precision(golden_vectors, asked, params))
-    decoded = [name for name in expected if name.startswith(("decode/", "guidance/"))]
+    decoded = [name for name in expected if name.startswith(("decode/", "guidance/", "samplers/"))]
     for _ in range(_NUM_RUNS if decoded else 0):
         params = _shaken(golden_vectors.params, rng, precision, MULTIPLE)
         found = _compute_in_precision(golden_vectors, dict.fromkeys(decoded), params)
@@ -497,13 +500,23 @@ def budgets(golden_vectors: Golden, names: Mapping[str, Any], precision: str) ->
                 errors[name] = math.inf
     allowed = _smoothed(expected, errors, precision)
     for setting in dict.fromkeys("/".join(name.split("/")[:2]) for name in decoded):
-        if _nearly_ties(setting, expected, allowed):
+        if _depends_on_rounding(golden_vectors.model, setting, expected, allowed):
             of_setting = [name for name in decoded if name.startswith(f"{setting}/")]
             allowed |= dict.fromkeys(of_setting, math.inf)
     if steps:
         for name, error in _errors_of_steps(golden_vectors, steps, expected, allowed, rng).items():
             allowed[name] = max(allowed[name], 2.0 * error)
     return {**dict.fromkeys(names, 0.0), **allowed}
+
+
+def _depends_on_rounding(
+    model: MAR, setting: str, expected: Mapping[str, Array], allowed: Mapping[str, float]
+) -> bool:
+    """Whether rounding can decide what a decoder does in a setting."""
+    section, name = setting.split("/")
+    if section == "samplers":
+        return _chooses_otherwise(model, name, expected, allowed)
+    return _nearly_ties(setting, expected, allowed)
 
 
 def _nearly_ties(setting: str, expected: Mapping[str, Array], allowed: Mapping[str, float]) -> bool:
@@ -514,6 +527,34 @@ def _nearly_ties(setting: str, expected: Mapping[str, Array], allowed: Mapping[s
     apart = np.abs(confidence[..., :, np.newaxis] - confidence[..., np.newaxis, :])
     competing = revealed[..., :, np.newaxis] & after[..., np.newaxis, :]
     return bool((apart[competing] <= 2.0 * allowed[f"{setting}/steps/confidence"]).any())
+
+
+def _chooses_otherwise(
+    model: MAR, name: str, expected: Mapping[str, Array], allowed: Mapping[str, float]
+) -> bool:
+    """Whether a sampler chooses otherwise with logits that are off by all that they may be.
+
+    Its steps are taken again with `_NUM_MOVED` copies of the sequences, whose logits are moved in
+    random directions; all that draws, ranks, bounds and counts make of them is an integer.
+    """
+    of_sampler = {
+        key.rpartition("/")[2]: array
+        for key, array in expected.items()
+        if key.startswith(f"samplers/{name}/") and "/steps/" in key
+    }
+    most = allowed[f"samplers/{name}/steps/logits"]
+    if math.isinf(most):
+        return True
+    copied = {key: np.repeat(array, _NUM_MOVED, axis=1) for key, array in of_sampler.items()}
+    signs = np.random.default_rng(0).choice([-1.0, 1.0], copied["logits"].shape)
+    moved = copied["logits"] + most * signs
+    start = np.repeat(expected[f"samplers/{name}/start"], _NUM_MOVED, axis=0)
+    rule = samplers.rule_of(samplers.settings(model)[name])
+    drawn = {key: copied[key] for key in copied if golden.is_drawn(f"samplers/{name}/steps/{key}")}
+    found = samplers.run(rule, start, drawn, lambda step, _: moved[step])
+    return any(
+        (array != copied[key]).any() for key, array in found.items() if array.dtype.kind != "f"
+    )
 
 
 def _raise_to(

@@ -18,6 +18,7 @@
     decode/<setting>/tokens            and its result
     ties/<setting>/…                   the same where all confidences are 1
     guidance/<setting>/…               the same with labels, where the model has classes
+    samplers/<rule>/…                  with numbers for chance, see `marref.verify.samplers`
 
 Parameters are drawn so that nothing hides: biases are not 0, scales not 1, activations of order
 one, and one token nearly cancels the position that it stands at, so that the variance there is
@@ -41,7 +42,7 @@ from marref.layers import block, dropout
 from marref.model import MAR, head_backward
 from marref.positions import sinusoidal_table
 from marref.trees import Array, Tree
-from marref.verify import trace
+from marref.verify import samplers, trace
 from marref.verify.rounding import round_to
 
 PRESETS = {
@@ -93,6 +94,7 @@ CONVENTIONS = {
     "loss": "mean over all masked positions of the batch, in nats",
     "key bias": "its gradient, which is 0, is set to 0 before every optimiser step",
     "ties": "in ties/ the head's kernel is 0, and its bias 0 but for 200 at id 1, 400 at [MASK]",
+    "samplers": "a token is the first id whose cumulative probability is above its uniform number",
 }
 
 CLASS_CONVENTIONS = {
@@ -103,8 +105,13 @@ CLASS_CONVENTIONS = {
 
 # In (10, 4) the linear schedule comes to halves.
 COUNTS = (*((masked, steps) for masked in (5, 16, 64, 256) for steps in (1, 3, 8, 12)), (10, 4))
+FEW_COUNTS = ((5, 3), (10, 4), (64, 8), (256, 12))
+"""Masked positions and steps of the schedules; the few are those of all but MAR's own two."""
 
 BATCH = 4
+
+MOST_SAMPLER_LOGITS = 2**17
+"""Of a large model, a file would hold little else than the logits of each step of each sampler."""
 
 
 def draw(model: MAR, seed: int) -> tuple[Tree, dict[str, Array]]:
@@ -248,6 +255,10 @@ def stages(
             for section, settings in decoder_sections(model).items()
             for name, options in settings.items()
         },
+        **{
+            f"samplers/{name}/": functools.partial(_sample, model, params, batch, name, options)
+            for name, options in samplers.settings(model).items()
+        },
     }
 
 
@@ -276,8 +287,8 @@ def make(
         In the order in which an implementation would compute them.
     metadata : dict
         ``format``, ``config`` (the hyper-parameters), ``seed``, ``versions``, ``conventions``,
-        ``optimisers``, ``decodings``, ``ties`` and, with classes, ``guidance`` (the arguments of
-        each), ``order`` (the names of the arrays).
+        ``optimisers``, ``decodings``, ``ties``, ``samplers`` and, with classes, ``guidance`` (the
+        arguments of each), ``order`` (the names of the arrays).
     """
     checks.integer("seed", seed, 0)
     if trees.check_dtype("dtype", dtype).kind == "c":
@@ -329,10 +340,9 @@ def make_from(
         **compute(model, params, batch),
     }
     arrays = {
-        name: array.astype(dtype) if array.dtype.kind == "f" else array
+        name: array.astype(dtype) if array.dtype.kind == "f" and not is_drawn(name) else array
         for name, array in arrays.items()
-        if not name.startswith(("activations/", "activation_gradients/"))
-        or any(fnmatch.fnmatchcase(name.split("/")[1], pattern) for pattern in activations)
+        if _is_kept(name, array, activations)
     }
     if not any(name.startswith("activations/") for name in arrays):
         raise ValueError(f"activations: none is called {' or '.join(activations)}")
@@ -345,12 +355,27 @@ def make_from(
         "optimisers": OPTIMISERS,
         "decodings": DECODINGS,
         "ties": TIES,
+        "samplers": samplers.settings(model),
         "order": list(arrays),
     }
     if model.num_classes is not None:
         metadata["conventions"] = CONVENTIONS | CLASS_CONVENTIONS
         metadata["guidance"] = GUIDANCE
     return arrays, metadata
+
+
+def _is_kept(name: str, array: Array, activations: Collection[str]) -> bool:
+    """Whether a file holds an array: what a pattern keeps, and few logits of a sampler."""
+    if name.startswith("samplers/") and name.endswith("/logits"):
+        return array.size <= MOST_SAMPLER_LOGITS
+    if not name.startswith(("activations/", "activation_gradients/")):
+        return True
+    return any(fnmatch.fnmatchcase(name.split("/")[1], pattern) for pattern in activations)
+
+
+def is_drawn(name: str) -> bool:
+    """Whether an array is one of chance's numbers, which stay float64 in a float32 file."""
+    return name.startswith("samplers/") and name.endswith(("uniforms", "/noise"))
 
 
 def shipped(name: str) -> Path:
@@ -412,7 +437,7 @@ def _schedules() -> dict[str, Array]:
     return {
         f"schedule/{name}/{masked}/{steps}": schedule(masked, steps)
         for name, schedule in schedules.SCHEDULES.items()
-        for masked, steps in COUNTS
+        for masked, steps in (COUNTS if name in ("cosine", "linear") else FEW_COUNTS)
     }
 
 
@@ -449,7 +474,7 @@ def _decode(
     start = batch["tokens"][:2] if known else np.zeros((1, model.seq_len), np.int64)
     labels = batch["labels"][: len(start)] if name.startswith("guidance/") else None
     if name.startswith("ties/"):
-        params = {**params, "head": _saturated(params["head"])}
+        params = {**params, "head": _saturated(params["head"], 200.0)}
     tokens, steps = decoding.iterative_decode(
         model, params, tokens=start, labels=labels, return_steps=True, **options
     )
@@ -461,12 +486,31 @@ def _decode(
     }
 
 
-def _saturated(head: Tree) -> Tree:
-    """Give every position the same logits, 200 apart: confidences are exactly 1 in any precision.
+def _sample(
+    model: MAR, params: Tree, batch: dict[str, Array], name: str, options: dict[str, Any]
+) -> dict[str, Array]:
+    known = batch["tokens"][:1].astype(np.int64)
+    start = np.concatenate([np.zeros_like(known), known])
+    if name == "certain":
+        params = {**params, "head": _saturated(params["head"], 1000.0)}
+    rule = samplers.rule_of(options)
+    drawn = samplers.draw(name, rule, start.shape)
+    # Plain arrays: a sure token has p = 1 exactly in every program, however it rounds.
+    steps = samplers.run(rule, start, drawn, lambda _, x: np.asarray(model(params, x)))
+    steps = {**drawn, **steps}
+    return {
+        f"samplers/{name}/start": start,
+        **{f"samplers/{name}/steps/{key}": array for key, array in steps.items()},
+        f"samplers/{name}/tokens": steps["tokens"][-1],
+    }
+
+
+def _saturated(head: Tree, apart: float) -> Tree:
+    """Give every position the same logits, so far apart that all confidences are exactly 1.
 
     Id 1 is predicted, or [MASK] where it may be.  All the decoder has to go by is the order of
-    positions.
+    positions.  200 apart, the other ids have the probability 1e-87, 1000 apart 0.
     """
     bias = np.zeros_like(head["bias"])
-    bias[:2] = 400.0, 200.0
+    bias[:2] = 2.0 * apart, apart
     return {"kernel": np.zeros_like(head["kernel"]), "bias": bias}

@@ -14,9 +14,14 @@ from marref.trees import Array
 
 
 def difference(actual: Array, expected: Array) -> float:
-    """Return the largest |actual - expected|; infinite where one of them is not finite."""
+    """Return the largest |actual - expected|; infinite where one of them is not finite.
+
+    -inf, the score of what cannot be chosen, is no difference to -inf.
+    """
+    actual, expected = actual.astype(np.float64), expected.astype(np.float64)
     with np.errstate(invalid="ignore", over="ignore"):
-        distance = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
+        distance = np.abs(actual - expected)
+    distance = np.where(np.isneginf(actual) & np.isneginf(expected), 0.0, distance)
     return float(np.where(np.isfinite(distance), distance, np.inf).max(initial=0.0))
 
 
@@ -27,8 +32,9 @@ def without_common_nan(one: Array, other: Array) -> tuple[Array, Array]:
 
 
 def largest(*arrays: Array) -> float:
-    """Return the largest |entry| of all the arrays; 0 if they have none."""
-    sizes = (np.abs(array.astype(np.float64)).max(initial=0.0) for array in arrays)
+    """Return the largest |entry| of all the arrays but -inf; 0 if they have none."""
+    wide = (array.astype(np.float64) for array in arrays)
+    sizes = (np.abs(array[~np.isneginf(array)]).max(initial=0.0) for array in wide)
     return float(max(sizes, default=0.0))
 
 

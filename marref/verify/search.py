@@ -48,8 +48,9 @@ _SECTIONS = {
     "loss": ("loss", *_AFTER_LOSS),
     "gradients": _AFTER_LOSS,
     "optimiser": _AFTER_LOSS[1:],
-    "decoding": ("schedule/", "decode/", "ties/", "guidance/"),
+    "decoding": ("schedule/", "decode/", "ties/", "guidance/", "samplers/"),
     "guidance": ("guidance/",),
+    "samplers": ("samplers/",),
     "masking": (),
 }
 """The sections that the faults of a stage can change; those of other stages can change any."""
@@ -58,9 +59,10 @@ _STAGES = {
     "loss": ("loss",),
     **dict.fromkeys(("schedule", "decode", "ties"), ("decoding",)),
     "guidance": ("decoding", "guidance"),
+    "samplers": ("decoding", "samplers"),
 }
 """Where a section's faults are; of other sections, anywhere."""
-LATE = (*golden.OPTIMISERS, "schedule", "decode", "ties", "guidance")
+LATE = (*golden.OPTIMISERS, "schedule", "decode", "ties", "guidance", "samplers")
 """Sections whose steps or integers differ by much where what comes before differs by little."""
 _STAGE_OF = {fault: stage for stage, of_stage in STAGES.items() for fault in of_stage}
 
@@ -226,12 +228,28 @@ class Search:
         return Partial(best.faults, tuple(other.faults for other in others), vectors, best.left)
 
     def _candidates(self) -> list[Fault]:
-        """List the faults to try; where the evidence is thin, those of the section itself."""
+        """List the faults to try.
+
+        Where the evidence is thin, or a sampler is wrong whose first logits are right, those of the
+        section itself; those of samplers only where one of their arrays is given.
+        """
         found = faults.of_model(self.golden_vectors.model)
-        if not self.thin:
+        if not any(name.startswith("samplers/") for name in self.arrays):
+            found = [fault for fault in found if _STAGE_OF[fault] != "samplers"]
+        if not (self.thin or self._starts_right()):
             return found
         stages = _STAGES.get(self.first.split("/")[0], tuple(STAGES))
         return [fault for fault in found if _STAGE_OF[fault] in stages]
+
+    def _starts_right(self) -> bool:
+        """Whether a sampler differs first, and not in the logits that it starts with."""
+        section, _, rest = self.first.partition("/")
+        logits = f"samplers/{rest.partition('/')[0]}/steps/logits"
+        if section != "samplers" or logits not in self.arrays:
+            return False
+        budget = next(row.budget for row in self.comparison.rows if row.name == logits)
+        right = self.golden_vectors.arrays[logits][0]
+        return measure.difference(self.arrays[logits][0], right) <= budget < math.inf
 
     def _sets(self, size: int) -> list[Together]:
         """Choose the sets of so many faults to try; see the head of this module."""
@@ -336,7 +354,7 @@ class Search:
                 rate = golden.OPTIMISERS[section]["learning_rate"]
                 whole_steps = 2.0 * rate * int(name.split("/")[1])
                 budgets[name] = max(budgets[name], whole_steps / _NEAR)
-            elif section in ("decode", "guidance"):
+            elif section in ("decode", "guidance", "samplers"):
                 budgets[name] = math.inf
         return budgets
 
@@ -486,4 +504,4 @@ def _distance(actual: Array, expected: Array) -> float:
 
 
 def _same(actual: Array, expected: Array) -> bool:
-    return _distance(actual, expected) <= _SAME * measure.largest(np.nan_to_num(expected))
+    return _distance(actual, expected) <= _SAME * measure.largest(expected[~np.isnan(expected)])

@@ -32,6 +32,7 @@ from marref.verify.faults import (
     layer_norm,
     loss,
     optimiser,
+    samplers,
 )
 from marref.verify.faults.fault import Fault, applied, compatible
 
@@ -50,6 +51,7 @@ STAGES: dict[str, tuple[Fault, ...]] = {
     "optimiser": tuple(optimiser.fault),
     "decoding": tuple(decoding.fault),
     "guidance": tuple(classes.guidance_fault),
+    "samplers": tuple(samplers.fault),
     "masking": tuple(decoding.mask_fault),
 }
 """The faults by stage, in the order of the pipeline."""

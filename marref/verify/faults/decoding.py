@@ -52,6 +52,8 @@ def _(old: Any, logits: Array, rule: Rule, *args: Any) -> Any:
     """[MASK] is left out of the arg max but not of the softmax. Tokens of a first step are right;
     confidences are lower by the probability of [MASK], and may change the order."""
     predicted = old(logits, rule, *args).tokens
+    logits = logits.copy()
+    logits[:, list(rule.exclude_ids)] = -np.inf
     log_confidence = log_softmax(logits / rule.temperature)[np.arange(len(logits)), predicted]
     return Prediction(predicted, log_confidence, log_confidence)
 
@@ -66,8 +68,7 @@ fault("decode-temperature-multiplied").says(
 def _(old: Any, logits: Array, rule: Rule, *args: Any) -> Any:
     """Confidence is the softmax of the logits without the temperature. Temperature 1 hides it."""
     predicted = old(logits, rule, *args).tokens
-    if rule.exclude_mask_token:
-        logits = np.where(np.arange(logits.shape[1]) == rule.mask_token_id, -np.inf, logits)
+    logits = np.where(np.isin(np.arange(logits.shape[1]), rule.excluded), -np.inf, logits)
     log_confidence = log_softmax(logits)[np.arange(len(logits)), predicted]
     return Prediction(predicted, log_confidence, log_confidence)
 

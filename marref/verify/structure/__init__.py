@@ -74,7 +74,7 @@ def hints(
     setting = "/".join(row.name.split("/")[:2])
     subject = (
         f"your decoder, in {setting},"
-        if setting.startswith(("decode/", "guidance/"))
+        if setting.startswith(("decode/", "guidance/", "samplers/"))
         else f"your {row.name}"
     )
     return tuple(found.sentence(subject) for found in _found(case, faulty)[:MOST])
@@ -133,10 +133,12 @@ def _with_others(case: Case) -> Case:
 
 def _found(case: Case, faulty: bool) -> list[Finding]:
     """Say what is known of an array: what it is or, if that is not found, where it differs."""
+    section = case.name.split("/")[0]
+    if section == "samplers":
+        return _some(decoder.step(case))
     broken = places.not_finite(case)
     if broken is not None:
         return [broken]
-    section = case.name.split("/")[0]
     if section in ("decode", "guidance"):
         return decoder.decoder(case)
     if section == "schedule":

@@ -8,7 +8,7 @@ import numpy as np
 from marref import schedules
 from marref.schedules import Schedule
 from marref.trees import Array
-from marref.verify import golden
+from marref.verify import golden, measure
 from marref.verify.structure.evidence import Case, Finding
 
 
@@ -28,6 +28,21 @@ def decoder(case: Case) -> list[Finding]:
     ]
     found = found or _other_tokens(case)
     return [Finding(clause) for clause in found]
+
+
+def step(case: Case) -> Finding | None:
+    """Say in which step of a sampler something differs first, and what."""
+    of_sampler = "/".join(case.name.split("/")[:2]) + "/steps/"
+    first: dict[tuple[int, int], str] = {}
+    for place, row in enumerate(case.comparison.differing):
+        if row.name.startswith(of_sampler):
+            pairs = zip(case.arrays[row.name], case.vectors.arrays[row.name], strict=True)
+            off = [measure.difference(yours, right) > row.budget for yours, right in pairs]
+            first[off.index(True), place] = row.name.removeprefix(of_sampler)
+    if not first:
+        return None
+    (index, _), what = min(first.items())
+    return Finding(f"differs first in step {index + 1}, in {what}")
 
 
 def counts(case: Case) -> Finding | None:
