@@ -135,6 +135,21 @@ def test_what_a_precision_cannot_decide_is_said_to_be_undecided(vectors):
     assert "1 undecided" in comparison.as_table()
 
 
+def test_a_right_float16_program_may_divide_by_an_epsilon_that_is_0(vectors):
+    """Where the square of a gradient underflows; what is left are the bfloat16 numbers given."""
+    name = "clipped/1/final_norm.bias"
+    stepped = vectors.params["final_norm"]["bias"].astype(np.float16)
+    stepped[1::2] = np.inf
+    arrays = {
+        key: array.astype(np.float16)
+        for key, array in vectors.arrays.items()
+        if key.startswith(("activations/", "gradients/"))
+    }
+    comparison = compare(vectors, {**arrays, name: stepped})
+    assert comparison.precision == comparison.precision_of(name) == "float16"
+    assert [row.verdict for row in comparison.rows if row.name == name] == ["undecided"]
+
+
 @pytest.fixture
 def yours(vectors, tmp_path):
     """A function that writes arrays to a file and compares it from the command line."""

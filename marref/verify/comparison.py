@@ -388,10 +388,11 @@ def precisions_of(golden_vectors: Golden, arrays: Mapping[str, Array]) -> dict[s
     """Tell for every array in which precision its numbers are, whatever holds them.
 
     A float64 array of float32 numbers is float32, as is what ``.item()`` returned; a float32 array
-    of bfloat16 or float16 numbers is that.  Arrays of fewer than 4 different numbers, and the
-    parameters, which are given and not computed, tell too little: they are taken to be in the most
-    common precision if that holds their numbers.  What follows from the activations (loss,
-    gradients, steps) is no more precise than most of these, whatever holds it.
+    of bfloat16 or float16 numbers is that.  Arrays of fewer than 4 different numbers tell too
+    little, as do numbers that are not finite, or given and not computed: the parameters, and those
+    that no step has moved.  They are taken to be in the most common precision if that holds them.
+    What follows from the activations (loss, gradients, steps) is no more precise than most of
+    these, whatever holds it.
     """
     telling: dict[str, str] = {}
     for name, array in arrays.items():
@@ -419,12 +420,12 @@ def precisions_of(golden_vectors: Golden, arrays: Mapping[str, Array]) -> dict[s
 def _computed(golden_vectors: Golden, name: str, array: Array) -> bool:
     """Whether the numbers of an array tell in which precision they were computed."""
     section, _, leaf = name.partition("/")
+    computed = np.isfinite(array)
     if section in golden.OPTIMISERS:
-        unmoved = golden_vectors.arrays["params/" + leaf.partition("/")[2]]
-        if np.array_equal(array, unmoved):
-            return False
+        computed &= array != golden_vectors.arrays["params/" + leaf.partition("/")[2]]
     given = section in ("params", "input") or golden.is_drawn(name)
-    return not given and not name.endswith("attention.key.bias") and len(np.unique(array)) >= 4
+    of_key_bias = name.endswith("attention.key.bias")
+    return not given and not of_key_bias and len(np.unique(array[computed])) >= 4
 
 
 def budgets_by_array(golden_vectors: Golden, precisions: Mapping[str, str]) -> dict[str, float]:
