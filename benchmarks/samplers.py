@@ -15,6 +15,7 @@ import argparse
 import dataclasses
 import functools
 import json
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -151,7 +152,7 @@ class Bench:
             functools.partial(fast.logits, self.judge, self.judging),
             tokens,
             chance.generator(self.seed, "validation"),
-            num_orders=8,
+            num_orders=2,
             labels=labels,
         )
 
@@ -183,6 +184,7 @@ def measured(bench: Bench, rule: str, num_steps: int | None, **options: Any) -> 
     bits = bench.bits(tokens, bench.asked)
     passes = predicted.any(axis=2).sum(axis=0).mean()
     positions = predicted.mean(axis=(1, 2)).sum()
+    print(f"{rule}, {num_steps} steps: {seconds:.1f} s", file=sys.stderr)
     return Result(rule, num_steps, *found, *bits, float(passes), float(positions), seconds)
 
 
@@ -252,12 +254,12 @@ def _row(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def prepared(seed: int, quick: bool, folder: Path | None) -> Bench:
+def prepared(seed: int, quick: bool, of_each: int, folder: Path | None) -> Bench:
     """Train both models, or load them from a folder where they are kept."""
     changed = {"num_steps": 10} if quick else {}
     model, params = _kept(folder, "model", seed, **changed)
     judge, judging = _kept(folder, "judge", seed + 1, **{**JUDGE, **changed})
-    asked = np.repeat(np.arange(demo.NUM_CLASSES), 1 if quick else digits.NUM_OF_EACH)
+    asked = np.repeat(np.arange(demo.NUM_CLASSES), 1 if quick else of_each)
     real, _ = demo.rows_and_labels(demo.digits()[1])
     return Bench(model, params, judge, judging, asked, real, seed)
 
@@ -309,6 +311,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.samplers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="try everything in seconds")
+    parser.add_argument(
+        "--of-each",
+        metavar="N",
+        type=int,
+        default=digits.NUM_OF_EACH,
+        help=f"digits of each class (default {digits.NUM_OF_EACH})",
+    )
     parser.add_argument("--models", metavar="FOLDER", type=Path, help="keep the models there")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write what was measured")
     parser.add_argument("--draw", metavar="FILE", type=Path, help="draw, and measure nothing")
@@ -317,7 +326,7 @@ def main() -> None:
     if arguments.text is not None:
         print_text(arguments.text, arguments.seed)
         return
-    bench = prepared(arguments.seed, arguments.quick, arguments.models)
+    bench = prepared(arguments.seed, arguments.quick, arguments.of_each, arguments.models)
     if arguments.draw is not None:
         draw(bench, arguments.draw)
         return

@@ -84,11 +84,12 @@ def rules(path: Path, rows: dict[str, tuple[Array, Array]], num_stages: int) -> 
         images = [array[stages].swapaxes(0, 1) for array in (tokens, mask)]
         drawn.append(_row(*(array.reshape(-1, array.shape[-1]) for array in images)))
         names.append(f"{name} ({len(tokens)})")
-    figure = Figure(figsize=(9, 0.42 * len(rows) + 0.5), layout="constrained")
+    figure = Figure(figsize=(10.2, 0.47 * len(rows) + 0.5), layout="constrained")
     axes = figure.subplots()
     _show(axes, np.concatenate(drawn), "rules, and how many steps they took")
     height = data.DIGITS_SHAPE[0] + _GAP
     axes.set_yticks([height * (row + 0.5) - 1 for row in range(len(rows))], names)
+    axes.tick_params(length=0)
     _write(path, figure)
 
 

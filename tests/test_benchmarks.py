@@ -476,9 +476,9 @@ def test_models_that_judge_samplers_are_kept(tmp_path, monkeypatch):
 
     monkeypatch.setattr(samplers, "JUDGE", {"embed_dim": 16, "num_layers": 1})
     monkeypatch.setattr(samplers.digits.demo, "train_on", untrained)
-    first = samplers.prepared(0, True, tmp_path)
+    first = samplers.prepared(0, True, 30, tmp_path)
     monkeypatch.setattr(samplers.digits, "trained", None)
-    again = samplers.prepared(0, True, tmp_path)
+    again = samplers.prepared(0, True, 30, tmp_path)
     for name in ("params", "judging"):
         expected, found = (marref.trees.flatten(getattr(each, name)) for each in (first, again))
         np.testing.assert_equal(found, expected)
