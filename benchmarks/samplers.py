@@ -303,7 +303,7 @@ def print_text(run: Path, seed: int) -> None:
         stages = steps["tokens"][:, 0]
         print(f"{rule}, {len(stages)} steps")
         for number in np.linspace(0, len(stages) - 1, SHOWN_STEPS).round().astype(int):
-            print(f"{number + 1:4} {shown(codec, stages[number])}")
+            print(f"{number + 1:4} {shown(codec, stages[number])}".replace("\n", "↵"))
 
 
 def main() -> None:
