@@ -67,6 +67,32 @@ def unmasking(path: Path, tokens: Array, mask: Array) -> None:
     _write(path, figure)
 
 
+def rules(path: Path, rows: dict[str, tuple[Array, Array]], num_stages: int) -> None:
+    """Draw decoders beside each other: a row a rule, and in it the stages of each sequence.
+
+    Parameters
+    ----------
+    path : pathlib.Path
+    rows : dict
+        Names of rules to tokens and mask [num_steps, batch, length], see `unmasking`.
+    num_stages : int
+        How many steps are drawn, evenly spread, the first and the last among them.
+    """
+    drawn, names = [], []
+    for name, (tokens, mask) in rows.items():
+        stages = np.linspace(0, len(tokens) - 1, num_stages).round().astype(int)
+        images = [array[stages].swapaxes(0, 1) for array in (tokens, mask)]
+        drawn.append(_row(*(array.reshape(-1, array.shape[-1]) for array in images)))
+        names.append(f"{name} ({len(tokens)})")
+    figure = Figure(figsize=(10.2, 0.47 * len(rows) + 0.5), layout="constrained")
+    axes = figure.subplots()
+    _show(axes, np.concatenate(drawn), "rules, and how many steps they took")
+    height = data.DIGITS_SHAPE[0] + _GAP
+    axes.set_yticks([height * (row + 0.5) - 1 for row in range(len(rows))], names)
+    axes.tick_params(length=0)
+    _write(path, figure)
+
+
 def _row(tokens: Array, mask: Array | None = None) -> Array:
     """Images of tokens [count, length] beside each other, as RGB with a gap after each."""
     height, width = data.DIGITS_SHAPE

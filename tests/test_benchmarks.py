@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import marref
 from benchmarks import cases, measuring, report
 from benchmarks.measuring import Result
 from marref.verify import measure
@@ -419,3 +420,85 @@ def test_docstrings_that_are_prose_are_collected():
     found = list(text._docstrings(Path(argparse.__file__)))
     assert any(each.startswith("Command-line parsing library\n\nThis module") for each in found)
     assert min(map(len, found)) > 200
+
+
+# Rules of the decoder, measured.
+
+
+@pytest.fixture(scope="module")
+def bench():
+    """Untrained models of digits, and as many digits as classes."""
+    from benchmarks import samplers
+
+    model = marref.build(18, 8, 1, 2, 64, num_classes=10)
+    params = model.init(np.random.default_rng(0), dtype=np.float32)
+    real = marref.data.digits()[1]
+    return samplers.Bench(model, params, model, params, np.arange(10), real, 0)
+
+
+def test_every_rule_is_measured_and_has_a_row(bench):
+    from benchmarks import samplers
+
+    results = list(samplers.measure(bench, (1, 4)))
+    held_out = bench.bits(bench.real[:5], np.arange(5))
+    text = samplers.tables(results, held_out, held_out)
+    for rule in samplers.PLANNED:
+        assert text.count(f"\n| {rule} | ") == 3
+    for rule in samplers.UNPLANNED:
+        assert text.count(f"\n| {rule} | ") == 1
+    assert "\n| random, blocks of 16 |  | " in text
+    # An untrained model draws noise, which real digits are not.
+    assert min(each.statistic / each.noise for each in results) > 10
+
+
+@pytest.mark.parametrize(
+    ("rule", "num_steps", "passes", "positions"),
+    [
+        # The cosine leaves 59, 45 and 24 masked.
+        ("random", 4, 4, (64 + 59 + 45 + 24) / 64),
+        ("random, blocks of 16", 4, 4, 1),
+        ("random, log", 64, 37, None),
+        ("P2", 4, 4, 4),
+        ("threshold 0.99", None, 64, 65 / 2),
+    ],
+)
+def test_passes_and_predicted_positions_are_counted(bench, rule, num_steps, passes, positions):
+    from benchmarks import samplers
+
+    options = (samplers.PLANNED | samplers.UNPLANNED)[rule]
+    result = samplers.measured(bench, rule, num_steps, **options)
+    assert result.passes == passes
+    assert positions is None or result.positions == positions
+
+
+def test_models_that_judge_samplers_are_kept(tmp_path, monkeypatch):
+    from benchmarks import samplers
+
+    monkeypatch.setattr(samplers, "JUDGE", {"embed_dim": 16, "num_layers": 1})
+    monkeypatch.setattr(samplers.digits.demo, "train_on", untrained)
+    first = samplers.prepared(0, True, 30, tmp_path)
+    monkeypatch.setattr(samplers.digits, "trained", None)
+    again = samplers.prepared(0, True, 30, tmp_path)
+    for name in ("params", "judging"):
+        expected, found = (marref.trees.flatten(getattr(each, name)) for each in (first, again))
+        np.testing.assert_equal(found, expected)
+    assert (again.model.embed_dim, again.judge.embed_dim) == (48, 16)
+    assert len(again.asked) == 10
+
+
+def untrained(config, model, train, echo):
+    return model.init(np.random.default_rng(config.seed)), []
+
+
+def test_rules_are_drawn_and_printed_for_a_text(bench, learnt, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    from benchmarks import samplers
+
+    samplers.draw(bench, tmp_path / "rules.png")
+    assert (tmp_path / "rules.png").read_bytes().startswith(b"\x89PNG")
+    samplers.print_text(learnt[2], 0)
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == len(samplers.DRAWN) * (1 + samplers.SHOWN_STEPS)
+    ends = [line for line in lines if line.startswith("   8 ")]
+    assert len(ends) >= 10
+    assert not [line for line in ends if "_" in line]

@@ -276,6 +276,29 @@ def test_decoding_is_the_definitions(data, num_threads, known):
         np.testing.assert_allclose(fast_steps[name], array, rtol=1e-11)
 
 
+@pytest.mark.parametrize("order", ["confidence", "margin", "entropy"])
+@pytest.mark.parametrize("temperature", [0.0, 0.1, 1.0, 3.0, 1e-300])
+@pytest.mark.parametrize("score_temperature", [None, 0.5, 1.0])
+def test_the_arg_max_is_scored_as_the_definition_does(order, temperature, score_temperature):
+    rule = decoding.Rule(
+        num_steps=8,
+        mask_token_id=0,
+        temperature=temperature,
+        schedule="cosine",
+        order=order,
+        choice_temperature=0.0,
+        exclude_mask_token=True,
+        exclude_ids=(3,),
+        score_temperature=score_temperature,
+    )
+    logits = np.random.default_rng(0).normal(0.0, 5.0, (40, 7))
+    logits[0] = 1.0  # all equal: the margin is 0, its logarithm -inf
+    expected = decoding.predict(logits, rule, None)
+    found = fast_decoding._predict(logits.copy(), rule, None, np.zeros(40, int))
+    for theirs, ours in zip(expected, found, strict=True):
+        np.testing.assert_allclose(ours[0], theirs, rtol=1e-12)
+
+
 def count_rows(monkeypatch):
     """Let every call note how many positions it predicts."""
     rows = []

@@ -45,7 +45,8 @@ def score(log_probabilities: Array, log_confidence: Array, rule: Rule) -> Array:
             margin: Array = first + np.log1p(-np.exp(second - first))
         return margin
     if rule.order == "entropy":
-        finite = np.where(np.isneginf(log_probabilities), 0.0, log_probabilities)
+        # 0 log 0 is 0, and 0 times the lowest number, too.
+        finite = np.maximum(log_probabilities, np.finfo(log_probabilities.dtype).min)
         negative: Array = (np.exp(log_probabilities) * finite).sum(axis=1)
         return negative
     return log_confidence

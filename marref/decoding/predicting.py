@@ -65,7 +65,7 @@ def predict(
     if held is not None and rule.remask is not None and rule.remask.looks_again:
         is_held = held != rule.mask_token_id
         tokens = np.where(is_held, rule.remask.looked_at(held, largest), tokens)
-    if rule.score_temperature is not None:
+    if rule.score_temperature not in (None, rule.temperature or 1.0):
         log_probabilities = log_softmax(over_temperature(shifted, rule.score_temperature))
     log_confidence = log_probabilities[np.arange(len(tokens)), tokens]
     return Prediction(
@@ -110,6 +110,8 @@ def keep(logits: Array, probabilities: Array, rule: Rule) -> Array:
 
 def over_temperature(z: Array, temperature: float) -> Array:
     """Compute z/T, with the nearest T that the dtype has: 0 and infinity would give NaN."""
+    if temperature == 1.0:
+        return z
     limits = np.finfo(z.dtype)
     with np.errstate(over="ignore"):
         scaled: Array = z / float(np.clip(temperature, limits.tiny, limits.max))

@@ -105,8 +105,10 @@ class ReMDM(Remask):
 
     def _time(self, step: Step) -> tuple[float, float, float, float]:
         """Compute t, σ_max, α_t and α_s."""
-        time = 1.0 - (step.number - 1) / step.num_steps
-        alpha, after = self.alpha(time), self.alpha(1.0 - step.number / step.num_steps)
+        left = step.num_steps - step.number
+        # One quotient each: 1 - 38/40 is a little more than the 0.05 where ReMDMLoop ends.
+        time = (left + 1) / step.num_steps
+        alpha, after = self.alpha(time), self.alpha(left / step.num_steps)
         return time, min(1.0, (1.0 - after) / alpha) if alpha > 0 else 1.0, alpha, after
 
 

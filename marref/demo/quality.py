@@ -71,15 +71,19 @@ def two_samples(x: Array, y: Array, rng: np.random.Generator) -> TwoSamples:
     kernel = np.exp(-distances / np.median(distances[np.triu_indices(len(both), 1)]))
     np.fill_diagonal(kernel, 0.0)
 
-    def statistic(order: Array) -> float:
-        n, m = len(x), len(y)
-        first, second = order[:n], order[n:]
-        within = kernel[np.ix_(first, first)].sum() / (n * (n - 1))
-        within += kernel[np.ix_(second, second)].sum() / (m * (m - 1))
-        return float(within - 2.0 * kernel[np.ix_(first, second)].mean())
-
-    dealt = [statistic(rng.permutation(len(both))) for _ in range(NUM_PERMUTATIONS)]
-    return TwoSamples(statistic(np.arange(len(both))), float(np.std(dealt)))
+    n, m = len(x), len(y)
+    in_first = np.zeros((1 + NUM_PERMUTATIONS, n + m))
+    in_first[0, :n] = 1.0
+    for row in in_first[1:]:
+        row[rng.permutation(n + m)[:n]] = 1.0
+    in_second = 1.0 - in_first
+    from_first, from_second = in_first @ kernel, in_second @ kernel
+    statistics = (
+        (from_first * in_first).sum(axis=1) / (n * (n - 1))
+        + (from_second * in_second).sum(axis=1) / (m * (m - 1))
+        - 2.0 * (from_first * in_second).sum(axis=1) / (n * m)
+    )
+    return TwoSamples(float(statistics[0]), float(np.std(statistics[1:])))
 
 
 def _squared_distances(a: Array, b: Array) -> Array:

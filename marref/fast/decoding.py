@@ -197,9 +197,6 @@ def _predict(
 ) -> decoding.Prediction:
     """Do as `marref.decoding.predict`; logits are written over.
 
-    At temperature 1 the log-confidence of the arg max is -log1p(Σ exp(z) of the others / exp(z) of
-    the largest).
-
     Parameters
     ----------
     logits : array [rows, vocab_size]
@@ -216,20 +213,39 @@ def _predict(
     if uniforms is not None:
         copies = [decoding.predict(logits, rule, of_copy, held) for of_copy in uniforms]
         return decoding.Prediction(*(np.array(arrays) for arrays in zip(*copies, strict=True)))
-    if not _needs_arg_max_alone(rule) or not has_digits(logits):
+    looks_again = rule.remask is not None and rule.remask.looks_again
+    if looks_again or not has_digits(logits):
         prediction = decoding.predict(logits, rule, None, held)
-        return decoding.Prediction(*(array[np.newaxis] for array in prediction))
+    else:
+        prediction = _arg_max(logits, rule)
+    return decoding.Prediction(*(array[np.newaxis] for array in prediction))
+
+
+def _arg_max(logits: Array, rule: decoding.Rule) -> decoding.Prediction:
+    """Predict the arg max; logits are written over.
+
+    With o = exp(z) of an id over exp(z) of the arg max, at the temperature of scores, sums and
+    maxima going over the other ids:
+
+        log p₁ = -log1p(Σ o)        log (p₁ - p₂) = log p₁ + log1p(-max o)
+        Σ p log p = log p₁ + Σ o log o / (1 + Σ o)
+    """
     logits[:, rule.excluded] = -np.inf
     rows, tokens = np.arange(len(logits)), logits.argmax(axis=1)
-    np.exp(logits, out=logits)
-    of_best = logits[rows, tokens]
-    logits[rows, tokens] = 0.0
-    log_confidence = -np.log1p(logits.sum(axis=1) / of_best)
-    return decoding.Prediction(tokens[np.newaxis], *[log_confidence[np.newaxis]] * 2)
-
-
-def _needs_arg_max_alone(rule: decoding.Rule) -> bool:
-    """Whether the arg max and its confidence at temperature 1 are all that is asked for."""
-    looks_again = rule.remask is not None and rule.remask.looks_again
-    scored_otherwise = rule.order in ("margin", "entropy") or rule.score_temperature is not None
-    return rule.temperature == 1.0 and not looks_again and not scored_otherwise
+    by_entropy = rule.order == "entropy"
+    if by_entropy or rule.temperature != 1.0 or rule.score_temperature is not None:
+        logits -= logits[rows, tokens][:, np.newaxis]
+        temperature = rule.score_temperature or rule.temperature or 1.0
+        logits = decoding.over_temperature(logits, temperature)
+    odds = np.exp(logits, out=None if by_entropy else logits)
+    of_best = odds[rows, tokens]
+    odds[rows, tokens] = 0.0
+    total = odds.sum(axis=1) / of_best
+    score = log_confidence = -np.log1p(total)
+    if rule.order == "margin":
+        with np.errstate(divide="ignore"):
+            score = log_confidence + np.log1p(-odds.max(axis=1) / of_best)
+    elif by_entropy:
+        odds *= np.maximum(logits, np.finfo(logits.dtype).min)
+        score = log_confidence + odds.sum(axis=1) / (1.0 + total)
+    return decoding.Prediction(tokens, log_confidence, score)
