@@ -1,0 +1,20 @@
+"""The model of the MAR paper itself: tokens are vectors, and a diffusion loss learns them.
+
+Li et al. 2024, "Autoregressive Image Generation without Vector Quantization" (arXiv 2406.11838).
+
+    model = continuous.build(**continuous.CONFIGURATIONS["digits"])
+    params = model.init(rng)
+    loss, grads = continuous.loss_and_grads(model, params, images, labels, model.draw(rng, batch))
+    images = continuous.sample(model, params, labels, rng)
+
+Page: docs/continuous.md.
+"""
+
+from marref.continuous.hyperparameters import CONFIGURATIONS
+from marref.continuous.loss import loss_and_grads
+from marref.continuous.model import ContinuousMAR
+from marref.continuous.sampling import draw, sample
+
+build = ContinuousMAR
+
+__all__ = ["CONFIGURATIONS", "ContinuousMAR", "build", "draw", "loss_and_grads", "sample"]
