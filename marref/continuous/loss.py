@@ -122,7 +122,7 @@ def backward(model: ContinuousMAR, params: Tree, of_loss: Tree, rows: Rows, cach
     A token that stands in several rows has the sum of their gradients.
     """
     count = len(rows.place)
-    doutput = diffusion.loss_backward(of_loss, np.full(count, 1.0 / count))
+    doutput = diffusion.loss_backward(of_loss, np.full(count, 1.0 / count, rows.clean.real.dtype))
     _, dconditions, dnetwork = network.backward(params["diffusion"], doutput, cache["network"])
     dz = np.zeros((cache["shape"][0] * cache["shape"][1], model.decoder_dim), dconditions.dtype)
     np.add.at(dz, rows.place % len(dz), dconditions)
