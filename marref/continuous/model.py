@@ -32,9 +32,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import ndtr, ndtri
 
-from marref import checks, trees
+from marref import checks, masking, trees
 from marref.continuous import diffusion
 from marref.continuous.hyperparameters import Hyperparameters
 from marref.continuous.layers import block, network, positions, xavier
@@ -43,7 +42,6 @@ from marref.trees import Array, Tree
 
 _STD = 0.02
 _TOKEN_NORM_EPSILON = 1e-6
-_LEAST_RATIO, _RATIO_STD = 0.7, 0.25
 
 
 class ContinuousMAR(Hyperparameters):
@@ -108,16 +106,23 @@ class ContinuousMAR(Hyperparameters):
         leaves = trees.flatten(self.init(np.random.default_rng(0), np.float32))
         return {name: leaf.shape for name, leaf in leaves.items()}
 
-    def draw(self, rng: np.random.Generator, batch_size: int) -> Tree:
+    def draw(
+        self,
+        rng: np.random.Generator,
+        batch_size: int,
+        *,
+        mask_schedule: str = "truncated-normal",
+    ) -> Tree:
         """Draw everything that is random in a training step.
 
-        Masked are the first M = ceil(length·r) of each sequence's order, with one r for the batch,
-        from N(1, 0.25²) cut to [0.7, 1] (published code).
+        Masked are the first M = ceil(length·r) of each sequence's order, with one r for the batch.
 
         Parameters
         ----------
         rng : numpy.random.Generator
         batch_size : int
+        mask_schedule : str
+            Of r, see `marref.masking`; by default N(1, 0.25²) cut to [0.7, 1], as published.
 
         Returns
         -------
@@ -129,12 +134,11 @@ class ContinuousMAR(Hyperparameters):
         """
         checks.generator("rng", rng)
         checks.integer("batch_size", batch_size, 1)
-        least = ndtr((_LEAST_RATIO - 1.0) / _RATIO_STD)
-        ratio = 1.0 + _RATIO_STD * ndtri(least + (0.5 - least) * rng.random())
+        ratio = masking.sample_mask_ratio(rng, mask_schedule)
         num_rows = self.diffusion_batch_mul * batch_size * self.length
         draws: Tree = {
             "orders": rng.permuted(np.tile(np.arange(self.length), (batch_size, 1)), axis=1),
-            "num_masked": int(np.ceil(self.length * min(ratio, 1.0))),
+            "num_masked": int(np.clip(np.ceil(self.length * ratio), 1, self.length)),
             "label_dropped": rng.random(batch_size) < self.label_drop,
             "timesteps": rng.integers(diffusion.NUM_TIMESTEPS, size=num_rows),
             "noise": rng.standard_normal((num_rows, self.token_dim)),
