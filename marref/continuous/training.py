@@ -44,8 +44,8 @@ class Config:
     num_steps, batch_size : int
     learning_rate : float
         The peak.  Published: 1e-4 for a batch of 256, and in proportion to the batch.
-    warmup_steps : int
-        Over which the rate rises linearly.
+    warmup_steps : int, optional
+        Over which the rate rises linearly.  ``None``: a twentieth of the steps.
     schedule : {"constant", "cosine"}
         How the rate goes on: as published, or down to 0 along a cosine.
     weight_decay : float
@@ -79,7 +79,7 @@ class Config:
     num_steps: int
     batch_size: int = 64
     learning_rate: float = 2e-3
-    warmup_steps: int = 0
+    warmup_steps: int | None = None
     schedule: str = "cosine"
     weight_decay: float = 0.02
     decay: str = "published"
@@ -94,7 +94,8 @@ class Config:
     def __post_init__(self) -> None:
         steps = checks.integer("num_steps", self.num_steps, 1, 2**32 - 1)
         checks.integer("batch_size", self.batch_size, 1)
-        checks.integer("warmup_steps", self.warmup_steps, 0, steps - 1)
+        if self.warmup_steps is not None:
+            checks.integer("warmup_steps", self.warmup_steps, 0, steps - 1)
         checks.integer("num_parts", self.num_parts, 1)
         checks.integer("seed", self.seed, 0, 2**128 - 1)
         checks.real("learning_rate", self.learning_rate, "(0, inf)")
@@ -108,14 +109,15 @@ class Config:
 
     def learning_rate_at(self, step: int) -> float:
         """Compute the learning rate after so many steps."""
+        warmup = self.num_steps // 20 if self.warmup_steps is None else self.warmup_steps
         if self.schedule == "cosine":
             return optim.warmup_cosine(
                 step,
                 peak=self.learning_rate,
-                warmup_steps=self.warmup_steps,
+                warmup_steps=warmup,
                 total_steps=self.num_steps,
             )
-        return self.learning_rate * min(1.0, (step + 1) / (self.warmup_steps + 1))
+        return self.learning_rate * min(1.0, (step + 1) / (warmup + 1))
 
     def average_decay_at(self, step: int) -> float:
         """Compute d after so many steps."""
