@@ -10,7 +10,17 @@ import numpy as np
 
 from marref import checks
 
-PURPOSES = ("parameters", "split", "batch", "mask", "dropout", "validation", "sample", "label")
+PURPOSES = (
+    "parameters",
+    "split",
+    "batch",
+    "mask",
+    "dropout",
+    "validation",
+    "sample",
+    "label",
+    "diffusion",
+)
 """What is drawn; a new purpose goes to the end, so that the others keep their streams."""
 
 

@@ -132,7 +132,7 @@ def rewritten(change, *command):
         (path,) = checkpoints.found(folder / "text" / "checkpoints").values()
         arrays, metadata = files.load(path)
         change(arrays, metadata)
-        metadata["checksum"] = checkpoints._checksum(arrays, metadata)
+        metadata["checksum"] = checkpoints.checksum(arrays, metadata)
         files.save(path, arrays, metadata)
         return list(command) or ["train", "--out", "text", "--resume"]
 

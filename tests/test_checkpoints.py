@@ -106,7 +106,7 @@ def rewritten(path, change_metadata=lambda metadata: None, change_arrays=lambda 
     arrays, metadata = files.load(path)
     change_metadata(metadata)
     change_arrays(arrays)
-    metadata["checksum"] = checkpoints._checksum(arrays, metadata)
+    metadata["checksum"] = checkpoints.checksum(arrays, metadata)
     files.save(path, arrays, metadata)
 
 

@@ -8,6 +8,7 @@ from marref.cli import arguments
 _EXAMPLES = arguments.examples(
     "marref check",
     "marref check --seed 1",
+    "marref check --continuous",
 )
 
 
@@ -20,24 +21,28 @@ def add(commands: Any) -> None:
         epilog=_EXAMPLES,
     )
     check.add_argument("--seed", type=arguments.not_negative, default=0, help="default: 0")
+    check.add_argument(
+        "--continuous", action="store_true", help="those of the model with continuous tokens"
+    )
     check.set_defaults(run=_run)
 
 
 def _run(parsed: argparse.Namespace) -> int:
     import numpy as np
 
-    from marref.verify import self_check
+    from marref.verify import check_continuous, self_check
 
+    run = check_continuous.run if parsed.continuous else self_check.run
     print("Largest error of every gradient, relative to the largest entry of its part.\n")
-    print(f"{'part':<14}{'gradient of':<38}{'shape':<10}{'complex step':>14}{'central':>10}")
+    print(f"{'part':<14}{'gradient of':<46}{'shape':<10}{'complex step':>14}{'central':>10}")
     failed = 0
     worst = dict.fromkeys(self_check.BOUNDS, 0.0)
-    for row in self_check.run(parsed.seed):
+    for row in run(parsed.seed):
         failed += not row.passed
         worst = {m: float(np.maximum(worst[m], error)) for m, error in row.errors.items()}
         shape = "x".join(map(str, row.shape))
         print(
-            f"{row.part:<14}{row.name:<38}{shape:<10}{row.errors['complex-step']:>14.1e}"
+            f"{row.part:<14}{row.name:<46}{shape:<10}{row.errors['complex-step']:>14.1e}"
             f"{row.errors['central']:>10.1e}{'' if row.passed else '   FAILED'}"
         )
     print()

@@ -10,6 +10,7 @@ from marref.cli import arguments
 _EXAMPLES = arguments.examples(
     "marref demo",
     "marref demo --quick --out digits",
+    "marref demo --continuous",
 )
 
 
@@ -27,15 +28,22 @@ def add(commands: Any) -> None:
         "--out", type=Path, default=Path("marref-demo"), help="folder, default: marref-demo"
     )
     demo.add_argument("--quick", action="store_true", help="a few seconds, to see that it works")
+    demo.add_argument(
+        "--continuous",
+        action="store_true",
+        help="the paper's own model: tokens are patches of 2x2 grey values, learnt by diffusion",
+    )
     demo.set_defaults(run=_run)
 
 
 def _run(parsed: argparse.Namespace) -> int:
     from marref import demo
+    from marref.demo import continuous
 
-    settings = demo.QUICK if parsed.quick else demo.DEFAULT
+    which: Any = continuous if parsed.continuous else demo
+    settings = which.QUICK if parsed.quick else which.DEFAULT
     if parsed.steps is not None:
         config = dataclasses.replace(settings.config, num_steps=parsed.steps)
         settings = dataclasses.replace(settings, config=config)
-    demo.run(settings, parsed.out, parsed.seed)
+    which.run(settings, parsed.out, parsed.seed)
     return 0

@@ -6,7 +6,7 @@ Everything that it does is the public face of marref; `run` is also an example o
 import csv
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -98,7 +98,7 @@ def run(
     model = config.model(train.vocab_size, NUM_CLASSES)
     params, history = train_on(config, model, train, echo)
     training.save_model(out / "parameters.npz", model, params)
-    _write_history(out / "history.csv", history)
+    write_history(out / "history.csv", history)
 
     bits = measure(model, params, train, held_out, seed)
     echo(f"\nHeld-out bits per masked token ({len(held_out)} digits):\n")
@@ -109,7 +109,7 @@ def run(
     names = ["parameters.npz", "history.csv"]
     generated, steps = generate(settings, model, params, seed)
     _show_steps(steps["tokens"], echo)
-    _judge(generated, train, held_out, seed, echo)
+    judge(generated, train, held_out, seed, echo)
     try:
         from marref import plots
     except ImportError:
@@ -117,7 +117,7 @@ def run(
         echo("unmasking.png (matplotlib) and a progress bar (tqdm).")
     else:
         plots.loss(out / "loss.png", history)
-        plots.samples(out / "samples.png", _by_class(held_out), generated)
+        plots.samples(out / "samples.png", by_class(held_out), generated)
         first = slice(None, None, NUM_OF_EACH)
         plots.unmasking(out / "unmasking.png", steps["tokens"][:, first], steps["mask"][:, first])
         names += ["loss.png", "samples.png", "unmasking.png"]
@@ -146,7 +146,7 @@ def train_on(
         f"{config.num_steps} steps of {config.batch_size} sequences."
     )
     history = []
-    with _Progress(config.num_steps, echo) as progress:
+    with Progress(config.num_steps, echo) as progress:
         for number in range(config.num_steps):
             state, record = loop.step(config, model, train, state, number)
             history.append(record)
@@ -188,19 +188,35 @@ def _show_steps(tokens: Array, echo: Callable[[str], None]) -> None:
         echo(side_by_side([tokens[stage, digit * NUM_OF_EACH] for stage in stages]) + "\n")
 
 
-def _judge(
+def judge(
     generated: Array, train: Dataset, held_out: Dataset, seed: int, echo: Callable[[str], None]
-) -> None:
-    """Say whether the digits are what was asked for, and as diverse as real ones."""
+) -> tuple[float, quality.TwoSamples]:
+    """Say whether the digits are what was asked for, and as diverse as real ones.
+
+    Parameters
+    ----------
+    generated : integer array [NUM_CLASSES·NUM_OF_EACH, 64]
+        Tokens, one class after the other.
+    train, held_out : Dataset
+    seed : int
+    echo : callable
+
+    Returns
+    -------
+    agreement : float
+        How many are seen as what was asked for.
+    statistic : quality.TwoSamples
+    """
     examples, classes = rows_and_labels(train)
     real, real_classes = rows_and_labels(held_out)
     classify = functools.partial(
         quality.nearest_neighbour_classes, examples=examples, labels=classes
     )
     asked = np.repeat(np.arange(NUM_CLASSES), NUM_OF_EACH)
+    agreement = float((classify(generated) == asked).mean())
     echo(
         f"A nearest-neighbour classifier sees the digit that was asked for in "
-        f"{(classify(generated) == asked).mean():.0%} of {len(generated)};\n"
+        f"{agreement:.0%} of {len(generated)};\n"
         f"of the held-out real ones it is right in {(classify(real) == real_classes).mean():.0%}."
     )
     rng = chance.generator(seed, "validation")
@@ -211,6 +227,7 @@ def _judge(
         f"Two-sample statistic (MMD², unbiased) against the held-out: {found.statistic:.4f}; of as "
         f"many real ones\nit is {floor.statistic:.4f}, and 0 ± {floor.noise:.4f} on average."
     )
+    return agreement, found
 
 
 def rows_and_labels(digits: Dataset) -> tuple[Array, Array]:
@@ -219,7 +236,7 @@ def rows_and_labels(digits: Dataset) -> tuple[Array, Array]:
     return digits.rows(np.arange(len(digits))), digits.labels
 
 
-def _by_class(digits: Dataset) -> Array:
+def by_class(digits: Dataset) -> Array:
     """Choose the first `NUM_OF_EACH` of each class, one class after the other."""
     rows, labels = rows_and_labels(digits)
     chosen = [np.flatnonzero(labels == label)[:NUM_OF_EACH] for label in range(NUM_CLASSES)]
@@ -265,16 +282,26 @@ def side_by_side(images: list[Array]) -> str:
     )
 
 
-class _Progress:
-    """A tqdm bar or, without tqdm, ten lines: loss (smoothed), learning rate, tokens a second."""
+class Progress:
+    """A tqdm bar or, without tqdm, ten lines: losses (smoothed), learning rate, tokens a second.
 
-    def __init__(self, num_steps: int, echo: Callable[[str], None]) -> None:
+    Parameters
+    ----------
+    num_steps : int
+    echo : callable
+    losses : sequence of str
+        Which attributes of a record to show.
+    """
+
+    def __init__(
+        self, num_steps: int, echo: Callable[[str], None], losses: Sequence[str] = ("loss",)
+    ) -> None:
         self._num_steps = num_steps
         self._echo = echo
-        self._loss = float("nan")
+        self._smoothed = dict.fromkeys(losses, float("nan"))
         self._bar = tqdm(total=num_steps, unit="step") if tqdm else None
 
-    def __enter__(self) -> "_Progress":
+    def __enter__(self) -> "Progress":
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -282,10 +309,13 @@ class _Progress:
             self._bar.close()
 
     def __call__(self, record: StepRecord) -> None:
-        first = record.step == 1
-        self._loss = record.loss if first else 0.95 * self._loss + 0.05 * record.loss
+        """Show a step."""
+        for name, mean in self._smoothed.items():
+            loss = getattr(record, name)
+            self._smoothed[name] = loss if record.step == 1 else 0.95 * mean + 0.05 * loss
+        losses = (f"{name.replace('_', ' ')} {mean:.3f}" for name, mean in self._smoothed.items())
         text = (
-            f"loss {self._loss:.3f}, learning rate {record.learning_rate:.1e}, "
+            f"{', '.join(losses)}, learning rate {record.learning_rate:.1e}, "
             f"{record.tokens_per_second:,.0f} tokens/s"
         )
         if self._bar is not None:
@@ -295,8 +325,9 @@ class _Progress:
             self._echo(f"  step {record.step}/{self._num_steps}: {text}")
 
 
-def _write_history(path: Path, history: list[StepRecord]) -> None:
-    columns = [field.name for field in dataclasses.fields(StepRecord)]
+def write_history(path: Path, history: Sequence[StepRecord]) -> None:
+    """Write a line of every step."""
+    columns = [field.name for field in dataclasses.fields(history[0])]
     with files.replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(columns)

@@ -2,6 +2,7 @@
 
 import functools
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -95,8 +96,10 @@ def run_step(
     *,
     max_norm: float,
     weight_decay: float,
-    decay: str,
+    decay: Collection[str],
     average_decay: float,
+    beta1: float = optim.BETA1,
+    beta2: float = optim.BETA2,
     num_threads: int | None = None,
 ) -> tuple[Tree, float]:
     """Clip, decay, take a step of Adam and move the average: what a run does with gradients.
@@ -116,10 +119,12 @@ def run_step(
     max_norm : float
     weight_decay : float
         λ
-    decay : {"matrices", "all"}
-        What decays: arrays of two axes and more, or every one.
+    decay : {"matrices", "all"}, or names
+        What decays: arrays of two axes and more, every one, or those of these dotted names.
     average_decay : float
         d
+    beta1, beta2 : float
+        β₁, β₂
     num_threads : int, optional
 
     Returns
@@ -144,15 +149,30 @@ def run_step(
         of_piece = functools.partial(
             _step_of_piece,
             clip=optim.clip_factor(norm, max_norm),
-            keep=1.0 - learning_rate * weight_decay,
-            keep_from=1 if decay == "all" else 2,
             share=0.0 if average is None else 1.0 - average_decay,
             t=t,
             learning_rate=learning_rate,
+            beta1=beta1,
+            beta2=beta2,
         )
-        parts = pieces(params, grads, m, v, params if average is None else average)
+        keep = _kept(params, decay, 1.0 - learning_rate * weight_decay)
+        parts = pieces(params, grads, m, v, params if average is None else average, keep)
         run(of_piece, *zip(*parts, strict=True))
     return {"step": np.array(t, np.int64), "first_moment": m, "second_moment": v}, norm
+
+
+def _kept(params: Tree, decay: Collection[str], factor: float) -> Tree:
+    """Make a tree like the parameters of what each keeps: the factor where it decays, else 1."""
+    leaves = trees.flatten(params)
+    if isinstance(decay, str):
+        decay = {name for name, leaf in leaves.items() if decay == "all" or leaf.ndim >= 2}
+    # Each has the shape of its parameter, but is one number in memory.
+    return trees.unflatten(
+        {
+            name: np.broadcast_to(leaf.dtype.type(factor if name in decay else 1.0), leaf.shape)
+            for name, leaf in leaves.items()
+        }
+    )
 
 
 def _step_of_piece(
@@ -161,18 +181,18 @@ def _step_of_piece(
     m: Array,
     v: Array,
     mean: Array,
+    keep: Array,
     *,
     clip: float,
-    keep: float,
-    keep_from: int,
     share: float,
     t: int,
     learning_rate: float,
+    beta1: float,
+    beta2: float,
 ) -> None:
     if clip < 1.0:
         grad = grad * clip
-    if param.ndim >= keep_from:
-        param *= keep
+    param *= keep
     _update(
         param,
         grad,
@@ -183,8 +203,8 @@ def _step_of_piece(
         v,
         t=t,
         learning_rate=learning_rate,
-        beta1=optim.BETA1,
-        beta2=optim.BETA2,
+        beta1=beta1,
+        beta2=beta2,
         epsilon=optim.EPSILON,
         weight_decay=0.0,
     )

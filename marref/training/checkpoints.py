@@ -75,7 +75,7 @@ def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
     pathlib.Path
         The file.
     """
-    arrays = _arrays(checkpoint.state)
+    arrays = arrays_of(checkpoint.state)
     metadata = {
         "format": FORMAT,
         "step": checkpoint.step,
@@ -85,7 +85,7 @@ def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
     }
     if checkpoint.num_classes is not None:
         metadata["num_classes"] = checkpoint.num_classes
-    metadata["checksum"] = _checksum(arrays, metadata)
+    metadata["checksum"] = checksum(arrays, metadata)
     suffix = _SUFFIXES[0 if importlib.util.find_spec("safetensors") else 1]
     path = Path(folder) / f"{checkpoint.step:08d}{suffix}"
     files.save(path, arrays, metadata, compressed=False)
@@ -124,10 +124,12 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     parts = 4 if config.average_decay else 3
     size = parts * num_parameters(model) * np.dtype(config.dtype).itemsize
     arrays, metadata = files.load(path, max_bytes=size + _OVERHEAD)
-    if _checksum(arrays, metadata) != metadata.pop("checksum", None):
+    if checksum(arrays, metadata) != metadata.pop("checksum", None):
         raise ValueError(f"{path}: is damaged (its checksum is that of other content)")
     try:
-        state = _state(arrays, step, model.parameter_shapes, config)
+        state = state_of(
+            arrays, step, model.parameter_shapes, config.dtype, bool(config.average_decay)
+        )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
     return Checkpoint(step, state, config, model.vocab_size, metadata["codec"], model.num_classes)
@@ -201,7 +203,8 @@ def found(folder: str | os.PathLike[str]) -> dict[int, Path]:
     }
 
 
-def _arrays(state: State) -> dict[str, Array]:
+def arrays_of(state: State) -> dict[str, Array]:
+    """Name the arrays of a state as the head of this module says."""
     parts = {"params": state.params, "average": state.average or {}}
     parts |= {name: state.optimiser[name] for name in ("first_moment", "second_moment")}
     return {
@@ -211,29 +214,34 @@ def _arrays(state: State) -> dict[str, Array]:
     }
 
 
-def _state(
-    arrays: dict[str, Array], step: int, shapes: Mapping[str, tuple[int, ...]], config: Config
+def state_of(
+    arrays: dict[str, Array],
+    step: int,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str,
+    averaged: bool,
 ) -> State:
+    """Build a state of what `arrays_of` named; raise unless shapes and dtype are as expected."""
     parts: dict[str, Any] = {}
     for name, array in arrays.items():
         part, _, leaf = name.partition("/")
         # What was read may be a view of the file's bytes, which cannot be written to.
         parts.setdefault(part, {})[leaf] = np.array(array)
     expected = {"params", "first_moment", "second_moment"}
-    expected |= {"average"} if config.average_decay else set()
+    expected |= {"average"} if averaged else set()
     if parts.keys() != expected:
         raise ValueError(f"holds {', '.join(parts)}, expected {', '.join(sorted(expected))}")
     parts = {part: trees.unflatten(leaves) for part, leaves in parts.items()}
     for part, tree in parts.items():
-        dtype = trees.check_like(part, tree, shapes)
-        if dtype != config.dtype:
-            raise TypeError(f"{part}: dtype {dtype}, expected {config.dtype}")
+        received = trees.check_like(part, tree, shapes)
+        if received != dtype:
+            raise TypeError(f"{part}: dtype {received}, expected {dtype}")
     average = parts.pop("average", None)
     params = parts.pop("params")
     return State(params, {"step": np.array(step, np.int64), **parts}, average)
 
 
-def _checksum(arrays: dict[str, Array], metadata: dict[str, Any]) -> int:
+def checksum(arrays: dict[str, Array], metadata: dict[str, Any]) -> int:
     """Compute one number over the metadata, but for the checksum, and over every array."""
     told = {name: value for name, value in metadata.items() if name != "checksum"}
     sum_ = zlib.crc32(json.dumps(told, sort_keys=True).encode())

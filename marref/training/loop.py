@@ -146,7 +146,7 @@ def train(
             classes = drop_labels(labels[chosen], label_drop, rng, model.num_classes)
         ratio = sample_mask_ratio(rng, mask_schedule, size=batch_size)
         inputs, mask = mask_tokens(targets, ratio, rng, mask_token_id)
-        with _divergence_named(step):
+        with divergence_named(step):
             loss, grads = loss_and_grads(
                 model, params, inputs, targets, mask, rng, labels=classes, num_threads=num_threads
             )
@@ -255,7 +255,7 @@ def step(
     start = time.perf_counter()
     batch = _batch(config, model, dataset, number)
     rate = config.learning_rate_at(number)
-    with _divergence_named(number):
+    with divergence_named(number):
         loss, grads = _loss_and_grads(config, model, state.params, batch, number)
         optimiser, grad_norm = run_step(
             state.params,
@@ -334,7 +334,7 @@ def _loss_and_grads(
 
 
 @contextlib.contextmanager
-def _divergence_named(step: int) -> Iterator[None]:
+def divergence_named(step: int) -> Iterator[None]:
     """Call what is no longer finite by its name; whatever else goes wrong keeps its own."""
     try:
         yield

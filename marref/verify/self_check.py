@@ -46,7 +46,7 @@ class Row(NamedTuple):
         return all(self.errors[method] <= bound for method, bound in BOUNDS.items())
 
 
-class _Layer(NamedTuple):
+class Layer(NamedTuple):
     """A layer's forward and backward as functions of one tree of inputs and parameters."""
 
     forward: Callable[[Tree], tuple[Array, Any]]
@@ -70,12 +70,13 @@ def run(seed: int = 0) -> Iterator[Row]:
     rng = np.random.default_rng(seed)
     for part, layer in _layers(rng).items():
         errors = {method: check_layer(*layer, rng, method=method) for method in METHODS}
-        yield from _rows(part, layer.point, errors)
+        yield from rows_of(part, layer.point, errors)
     yield from _check_loss(rng)
     yield from _check_model(rng)
 
 
-def _rows(part: str, point: Tree, errors: dict[str, dict[str, float]]) -> Iterator[Row]:
+def rows_of(part: str, point: Tree, errors: dict[str, dict[str, float]]) -> Iterator[Row]:
+    """Make the lines of a part from the errors by method and name."""
     for name, leaf in trees.flatten(point).items():
         yield Row(part, name, leaf.shape, {method: errors[method][name] for method in METHODS})
 
@@ -86,11 +87,11 @@ def random_like(params: Tree, rng: np.random.Generator, std: float = 0.5) -> Tre
     return drawn
 
 
-def _layers(rng: np.random.Generator) -> dict[str, _Layer]:
+def _layers(rng: np.random.Generator) -> dict[str, Layer]:
     x = rng.normal(size=(_BATCH, _LENGTH, _FEATURES))
     tokens = rng.integers(_VOCAB, size=(_BATCH, _LENGTH))
     labels = rng.integers(_CLASSES, size=_BATCH, endpoint=True)
-    layer = functools.partial(_layer, x, rng)
+    layer = functools.partial(layer_of, x, rng)
     keep = dropout.draw(rng, x.shape, _DROPOUT)
     of_block = functools.partial(
         block.forward,
@@ -101,7 +102,7 @@ def _layers(rng: np.random.Generator) -> dict[str, _Layer]:
         dropout_rate=_DROPOUT,
     )
     return {
-        "embedding": _Layer(
+        "embedding": Layer(
             lambda point: embedding.forward(point, tokens, "concatenated"),
             embedding.backward,
             random_like(embedding.init(rng, _VOCAB, _FEATURES, 1.0), rng),
@@ -117,12 +118,12 @@ def _layers(rng: np.random.Generator) -> dict[str, _Layer]:
             lambda params, x: layer_norm.forward(params, x, _EPSILON),
             layer_norm.backward,
         ),
-        "dropout": _Layer(
+        "dropout": Layer(
             lambda point: dropout.forward(point["x"], keep, _DROPOUT),
             lambda point, dy, cache: {"x": dropout.backward(dy, cache)},
             {"x": x},
         ),
-        "attend": _Layer(
+        "attend": Layer(
             lambda point: attention.attend(**point),
             lambda point, dy, cache: dict(
                 zip(point, attention.attend_backward(dy, cache), strict=True)
@@ -148,13 +149,13 @@ def _layers(rng: np.random.Generator) -> dict[str, _Layer]:
     }
 
 
-def _layer(
+def layer_of(
     x: Array,
     rng: np.random.Generator,
     params: Tree,
     forward: Callable[..., Any],
     backward: Callable[..., tuple[Array, Tree]],
-) -> _Layer:
+) -> Layer:
     """Take a layer with one input and parameters of its own, which are drawn."""
 
     def split_forward(point: Tree) -> tuple[Array, Any]:
@@ -165,11 +166,11 @@ def _layer(
         dx, grads = backward(_params(point), dy, cache)
         return {"x": dx, **grads}
 
-    return _Layer(split_forward, split_backward, {"x": x, **random_like(params, rng)})
+    return Layer(split_forward, split_backward, {"x": x, **random_like(params, rng)})
 
 
-def _gelu_layer(x: Array, kind: str) -> _Layer:
-    return _Layer(
+def _gelu_layer(x: Array, kind: str) -> Layer:
+    return Layer(
         lambda point: gelu.forward(point["x"], kind),
         lambda point, dy, cache: {"x": gelu.backward(dy, cache)},
         {"x": x},
@@ -191,7 +192,7 @@ def _check_loss(rng: np.random.Generator) -> Iterator[Row]:
         )
         for method in METHODS
     }
-    yield from _rows("loss", point, errors)
+    yield from rows_of("loss", point, errors)
 
 
 def _check_model(rng: np.random.Generator) -> Iterator[Row]:
@@ -217,4 +218,4 @@ def _check_model(rng: np.random.Generator) -> Iterator[Row]:
         return mar_loss(logits, targets, mask)
 
     errors = {method: check_gradients(function, params, grads, method=method) for method in METHODS}
-    yield from _rows("model", params, errors)
+    yield from rows_of("model", params, errors)

@@ -1,0 +1,186 @@
+"""Generation: tokens a few at a time in random order, each by a chain of diffusion steps.
+
+After step k of K all tokens but m_k = max(1, min(m_{k-1} - 1, floor(L cos(πk/2K)))) are known, and
+all after the last (`marref.schedules.cosine`).  Orders are used up from the end: what is masked is
+always the beginning of the order.  With a guidance scale s the network is asked for the class and
+for no class,
+
+    e = e_u + s (e_c - e_u)
+
+and its variance is that of the class.  s is the same in every step, or with linear guidance
+1 + (scale - 1)(L - m_k)/L, and since m_k >= 1 there, 1 stands for 0 in the last.  Li et al. 2024
+(arXiv 2406.11838, published code).  Page: docs/continuous.md.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from marref import checks, schedules, trees
+from marref.continuous import diffusion, tokens
+from marref.continuous.layers import network
+from marref.continuous.loss import masked_by
+from marref.continuous.model import ContinuousMAR, check_model
+from marref.decoding import GUIDANCES
+from marref.trees import Array, Tree
+
+
+def sample(
+    model: ContinuousMAR,
+    params: Tree,
+    labels: npt.ArrayLike | None = None,
+    rng: np.random.Generator | None = None,
+    *,
+    draws: Tree | None = None,
+    batch_size: int | None = None,
+    num_steps: int = 16,
+    num_diffusion_steps: int = 100,
+    temperature: float = 1.0,
+    guidance_scale: float = 1.0,
+    guidance: str = "constant",
+    clip: float | None = 3.0,
+) -> Array:
+    """Generate images.
+
+    Parameters
+    ----------
+    model : ContinuousMAR
+    params : dict
+    labels : integer array [batch], optional
+    rng : numpy.random.Generator, optional
+        What is random is drawn from it, unless ``draws`` has it.
+    draws : dict, optional
+        From `draw`.
+    batch_size : int, optional
+        Number of images, 1 unless ``labels`` or ``draws`` say otherwise.
+    num_steps : int
+        K; published: 64, and 256 for evaluation, of 256 tokens.
+    num_diffusion_steps : int
+        Of the 1,000, see `marref.continuous.diffusion.respace`.
+    temperature : float
+        >= 0; scales the noise of the steps, not the noise that they start from.
+    guidance_scale : float
+        s >= 0; needs ``labels`` unless it is 1.
+    guidance : {"constant", "linear"}
+    clip : float or None
+        Bounds the estimate of the clean token.  ``None`` is the published sampler, in which small
+        models explode; see `marref.continuous.diffusion.step_back`.
+
+    Returns
+    -------
+    array [batch, channels, image_size, image_size]
+
+    Raises
+    ------
+    TypeError, ValueError
+        An argument does not fit the model or is outside its range.
+    """
+    check_model(model)
+    dtype = trees.check_like("params", params, model.parameter_shapes)
+    checks.integer("num_steps", num_steps, 1)
+    checks.real("temperature", temperature, "[0, inf)")
+    checks.real("guidance_scale", guidance_scale, "[0, inf)")
+    checks.choice("guidance", guidance, GUIDANCES)
+    if clip is not None:
+        checks.real("clip", clip, "(0, inf)")
+    steps = diffusion.process(model.noise_schedule, num_diffusion_steps)
+    if guidance_scale != 1.0 and labels is None:
+        raise ValueError(f"labels: received None, but guidance_scale={guidance_scale} needs them")
+    if draws is None:
+        count = len(np.asarray(labels)) if labels is not None else 1
+        draws = draw(model, rng, batch_size or count, num_diffusion_steps)
+    batch = len(draws["orders"])
+    chain = Chain(params["diffusion"], steps, draws, temperature, clip)
+    classes = [model.check_labels(labels, batch)]
+    if guidance_scale != 1.0:
+        classes.append(model.check_labels(None, batch))
+    found = np.zeros((batch, model.length, model.token_dim), dtype)
+    left = model.length
+    for count in schedules.cosine(model.length, num_steps):
+        before, left = masked_by(draws["orders"], left), left - int(count)
+        scale = guidance_scale
+        if guidance == "linear":
+            scale = 1.0 + (scale - 1.0) * (model.length - max(left, 1)) / model.length
+        conditions = [model.forward(params, found, of, before)[0] for of in classes]
+        now = before & ~masked_by(draws["orders"], left)
+        found[now] = chain.run(now, [z[now] for z in conditions], scale)
+    return tokens.to_images(found, model.patch_size, model.channels, model.image_size)
+
+
+def draw(
+    model: ContinuousMAR, rng: np.random.Generator | None, batch_size: int, num_steps: int
+) -> Tree:
+    """Draw everything that is random in sampling.
+
+    Parameters
+    ----------
+    model : ContinuousMAR
+    rng : numpy.random.Generator
+    batch_size : int
+    num_steps : int
+        Of the diffusion.
+
+    Returns
+    -------
+    dict
+        ``orders`` int64 [batch, length]; ``start_noise`` float64 [batch, length, token_dim]; and
+        ``step_noise`` [num_steps, batch, length, token_dim], in the order in which steps are
+        taken, the last of which is not used.
+    """
+    checks.generator("rng", rng)
+    assert rng is not None
+    checks.integer("batch_size", batch_size, 1)
+    shape = (batch_size, model.length, model.token_dim)
+    return {
+        "orders": rng.permuted(np.tile(np.arange(model.length), (batch_size, 1)), axis=1),
+        "start_noise": rng.standard_normal(shape),
+        "step_noise": rng.standard_normal((num_steps, *shape)),
+    }
+
+
+class Chain:
+    """The diffusion steps that make a token from noise."""
+
+    def __init__(
+        self,
+        params: Tree,
+        steps: diffusion.Process,
+        draws: Tree,
+        temperature: float,
+        clip: float | None,
+    ) -> None:
+        self.params = params
+        self.steps = steps
+        self.draws = draws
+        self.options: dict[str, Any] = {"temperature": temperature, "clip": clip}
+
+    def run(self, now: Array, conditions: list[Array], scale: float) -> Array:
+        """Generate the tokens of some places.
+
+        Parameters
+        ----------
+        now : bool array [batch, length]
+        conditions : list of arrays [rows, decoder_dim]
+            Of the class and, if it guides, of no class.
+        scale : float
+
+        Returns
+        -------
+        array [rows, token_dim]
+        """
+        dtype = conditions[0].dtype
+        x: Array = self.draws["start_noise"][now].astype(dtype)
+        last = len(self.steps.beta) - 1
+        for index in range(last, -1, -1):
+            time = np.full(len(x), self.steps.timestep[index])
+            outputs = [network.forward(self.params, x, time, z)[0] for z in conditions]
+            output = outputs[0]
+            if len(outputs) > 1:
+                width = x.shape[1]
+                e, no_class = output[:, :width], outputs[1][:, :width]
+                guided = no_class + scale * (e - no_class)
+                output = np.concatenate([guided, output[:, width:]], axis=1)
+            noise = self.draws["step_noise"][last - index][now].astype(dtype)
+            x = diffusion.step_back(self.steps, output, x, index, noise, **self.options)
+        return x
