@@ -151,7 +151,8 @@ class EntropyBounded:
     def __call__(self, step: Step) -> Array:
         """Count, at least 1."""
         rising = -_falling(step.score, step.masked)
-        before = np.cumsum(np.insert(rising[:, :-1], 0, 0.0, axis=1), axis=1)
+        before = np.zeros_like(rising)
+        before[:, 1:] = np.cumsum(rising[:, :-1], axis=1)
         count: Array = (before <= self.bound).sum(axis=1)
         return count
 
