@@ -16,7 +16,7 @@ at most min(num_steps, N) integers, each at least 1, with the sum N.
 | square-root | 1 - √r | many first | MaskGIT (section 4.4) |
 | log | -log r / log N | many first | MaskGIT's code |
 | exp | 1 - N^(r - 1) | few first | MaskGIT's code |
-| arccos | arccos(r)·2/π | few first | Halton-MaskGIT's code |
+| arccos | arccos(r)·2/π, rounded up | few first | Halton-MaskGIT's code |
 """
 
 import functools
@@ -171,6 +171,38 @@ def falling(
     return counts[counts > 0]
 
 
+def arccos(num_masked: int, num_steps: int) -> Counts:
+    """Reveal few tokens at first, and a third of them in the first half of the steps.
+
+    Revealed after step k are max(k, floor(N (1 - arccos(k/K)·2/π))): Halton-MaskGIT's published
+    code (Besnier et al. 2025, arXiv 2503.17076), whose floor is taken of what is revealed, not of
+    what stays masked.  It is that of the exact number, see `falling`.
+
+    Parameters
+    ----------
+    num_masked, num_steps : int
+
+    Returns
+    -------
+    int64 array [min(num_steps, num_masked)]
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `cosine` does.
+
+    Examples
+    --------
+    >>> arccos(256, 8)
+    array([20, 21, 21, 23, 25, 28, 35, 83])
+    """
+    num_steps = _effective_steps(num_masked, num_steps)
+    step = np.arange(1, num_steps)
+    share = 1.0 - np.arccos(step / max(num_steps, 1)) * (2.0 / np.pi) + 2.0**-48
+    revealed = np.maximum(step, np.floor(num_masked * share).astype(np.int64))
+    return _counts(num_masked, num_steps, num_masked - revealed)
+
+
 SCHEDULES: dict[str, Schedule] = {
     "cosine": cosine,
     "linear": linear,
@@ -181,7 +213,7 @@ SCHEDULES: dict[str, Schedule] = {
     "square-root": functools.partial(falling, lambda r, n: 1.0 - np.sqrt(r)),
     "log": functools.partial(falling, lambda r, n: np.minimum(1.0, -np.log(r) / np.log(max(n, 2)))),
     "exp": functools.partial(falling, lambda r, n: 1.0 - n ** (r - 1.0)),
-    "arccos": functools.partial(falling, lambda r, n: np.arccos(r) * (2.0 / np.pi)),
+    "arccos": arccos,
 }
 
 

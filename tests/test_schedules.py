@@ -123,9 +123,6 @@ FLOORS = {
         lambda r, n: 1 - np.exp2(np.log2(n) * (r - 1)),
         lambda r, n: 1 - mpmath.exp(mpmath.log(n) * (r - 1)),
     ),
-    "arccos": in_50_digits(
-        lambda r, n: 1 - 2 / np.pi * np.arcsin(r), lambda r, n: 2 * mpmath.acos(r) / mpmath.pi
-    ),
 }
 
 
@@ -142,6 +139,21 @@ def test_other_schedules_are_maskgit_s_recursion_without_steps_that_reveal_nothi
             assert schedules.SCHEDULES[name](n, num_steps).tolist() == expected, (n, num_steps)
 
 
+def test_arccos_reveals_what_halton_maskgit_s_code_does():
+    """Revealed after step k are max(k, floor(N (1 - 2/π arccos(k/K))))."""
+    floors = in_50_digits(
+        lambda r, n: 1 - 2 / np.pi * np.arccos(r), lambda r, n: 1 - 2 * mpmath.acos(r) / mpmath.pi
+    )
+    for num_steps in STEPS:
+        num_masked = np.arange(max(num_steps, 2), 257)[:, np.newaxis]
+        step = np.arange(1, num_steps)
+        revealed = np.maximum(step, floors(num_masked, step, num_steps))
+        for n, expected in zip(num_masked[:, 0].tolist(), revealed.tolist(), strict=True):
+            counts = schedules.arccos(n, num_steps)
+            assert np.cumsum(counts).tolist() == [*expected, n], (n, num_steps)
+            assert counts.min() >= 1
+
+
 def test_even_gives_the_larger_counts_first():
     for num_steps in STEPS:
         for num_masked in range(num_steps, 257):
@@ -152,7 +164,7 @@ def test_even_gives_the_larger_counts_first():
 
 
 def test_every_schedule_has_a_test_against_its_formula():
-    assert {*FLOORS, "cosine", "linear", "even"} == {*schedules.SCHEDULES}
+    assert {*FLOORS, "cosine", "linear", "even", "arccos"} == {*schedules.SCHEDULES}
 
 
 @pytest.mark.parametrize("side", range(1, 13))

@@ -8,6 +8,7 @@ through `TorchPort.tap`, every parameter through `TorchPort.weight`.
 import contextlib
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -543,6 +544,15 @@ class TorchPort:
         if schedule == "even":
             each, more = divmod(num_masked, num_steps)
             return [each + (step < more) for step in range(num_steps)]
+        if schedule == "arccos":
+            shares = [
+                1 - math.acos(step / num_steps) * 2 / math.pi for step in range(num_steps + 1)
+            ]
+            revealed = [
+                max(step, math.floor(num_masked * share + 1e-9))
+                for step, share in enumerate(shares)
+            ]
+            return [after - before for before, after in itertools.pairwise(revealed)]
         if schedule in GAMMAS:
             return self.falling(GAMMAS[schedule], num_masked, num_steps)
         after = self.cosine if schedule == "cosine" else self.linear_schedule
@@ -680,7 +690,6 @@ GAMMAS: dict[str, Callable[[float, int], float]] = {
     "square-root": lambda r, n: 1 - math.sqrt(r),
     "log": lambda r, n: min(1.0, -math.log(r) / math.log(max(n, 2))),
     "exp": lambda r, n: 1 - n ** (r - 1),
-    "arccos": lambda r, n: math.acos(r) * 2 / math.pi,
 }
 """Of k/K and the number of masked positions: the share of these that stays masked."""
 
