@@ -11,11 +11,12 @@ import pytest
 
 from marref import continuous, optim, trees
 from marref.continuous import diffusion, tokens
+from marref.continuous.layers import network
 from marref.continuous.loss import masked_by
 from marref.interop import mar
 from marref.verify import check_continuous
 
-from . import oracle
+from . import continuous_oracle as oracle
 
 MODEL = continuous.build(
     image_size=4,
@@ -257,56 +258,81 @@ def test_at_the_start_a_gradient_check_would_prove_nothing():
     assert "mask_vector" in moved[2]
 
 
-def oracle_row(e, v, clean, noise, t):
-    """The loss of a row at time t in 50 digits, from the formulas, a step at a time."""
-    mp = oracle.mp
-    e, v, clean, noise = (oracle.exact(x) for x in (e, v, clean, noise))
-
-    def f(i):
-        return mp.cos((mp.mpf(i) / 1000 + mp.mpf("0.008")) / mp.mpf("1.008") * mp.pi / 2) ** 2
-
-    beta = [min(1 - f(i + 1) / f(i), mp.mpf("0.999")) for i in range(1000)]
-    bar = [mp.mpf(1)]
-    for b in beta:
-        bar.append(bar[-1] * (1 - b))
-    before, now = bar[t], bar[t + 1]
-
-    def variance(i):
-        return beta[i] * (1 - bar[i]) / (1 - bar[i + 1])
-
-    low, high = mp.log(variance(max(t, 1))), mp.log(beta[t])
-    squared, bound = mp.mpf(0), mp.mpf(0)
-    for e_i, v_i, x, noise_i in zip(e, v, clean, noise, strict=True):
-        squared += (e_i - noise_i) ** 2
-        log_variance = (v_i + 1) / 2 * high + (1 - (v_i + 1) / 2) * low
-        noisy = mp.sqrt(now) * x + mp.sqrt(1 - now) * noise_i
-        guess = mp.sqrt(1 / now) * noisy - mp.sqrt(1 / now - 1) * e_i
-        if t > 0:
-            c1 = beta[t] * mp.sqrt(before) / (1 - now)
-            ratio = (c1 * (x - guess)) ** 2 / mp.exp(log_variance)
-            bound += (log_variance - low - 1 + mp.exp(low - log_variance) + ratio) / 2
-            continue
-
-        def phi(a):
-            return (1 + mp.tanh(mp.sqrt(2 / mp.pi) * (a + mp.mpf("0.044715") * a**3))) / 2
-
-        shrink = mp.exp(-log_variance / 2)
-        above, below = (phi(shrink * (x - guess + side / mp.mpf(255))) for side in (1, -1))
-        bound -= mp.log(above if x < -0.999 else 1 - below if x > 0.999 else above - below)
-    return squared / len(e), bound / len(e) / mp.log(2)
-
-
+@pytest.mark.parametrize("schedule", diffusion.SCHEDULES)
 @pytest.mark.parametrize("t", [0, 1, 500, 999])
-def test_the_loss_of_a_row_is_that_of_the_oracle(t):
+def test_the_loss_of_a_row_is_that_of_the_oracle(t, schedule):
     rng = np.random.default_rng(t)
     clean = np.array([-1.0, 0.25, 1.0, -0.3])
     noise, v = rng.normal(size=4), rng.normal(size=4)
     e = noise + 0.3 * rng.normal(size=4)
-    output = np.concatenate([e, v])[np.newaxis]
+    output = np.concatenate([e, v])
     rows = clean[np.newaxis], np.array([t]), noise[np.newaxis]
-    squared, bound, _ = diffusion.loss_forward(diffusion.process("cosine"), output, *rows)
-    expected = oracle_row(e.tolist(), v.tolist(), clean.tolist(), noise.tolist(), t)
+    steps = diffusion.process(schedule)
+    squared, bound, _ = diffusion.loss_forward(steps, output[np.newaxis], *rows)
+    expected = oracle.row_loss(*map(oracle.exact, (output, clean, noise)), t, schedule)
     np.testing.assert_allclose([squared[0], bound[0]], [float(x) for x in expected], rtol=1e-10)
+    noisy = rng.normal(size=4)
+    back = diffusion.step_back(
+        steps, output[np.newaxis], noisy[np.newaxis], t, noise[np.newaxis], 0.7, None
+    )
+    exact = map(oracle.exact, (output, noisy))
+    expected = oracle.step_back(*exact, t, oracle.exact(noise), oracle.mp.mpf(0.7), schedule)
+    np.testing.assert_allclose(back[0], [float(x) for x in expected], rtol=1e-10)
+
+
+@pytest.mark.parametrize("num_masked", [1, 3, 4])
+def test_the_forward_pass_and_the_loss_are_those_of_the_oracle(num_masked):
+    """Of two channels, with an encoder and a decoder that differ, on two copies of the batch."""
+    model = dataclasses.replace(
+        MODEL,
+        channels=2,
+        decoder_dim=6,
+        decoder_layers=2,
+        diffusion_dim=5,
+        diffusion_layers=2,
+        diffusion_batch_mul=2,
+        layer_norm_epsilon=1e-5,
+        noise_schedule="linear",
+    )
+    rng = np.random.default_rng(num_masked)
+    params = trees.map_leaves(
+        lambda leaf: leaf + 0.3 * rng.normal(size=leaf.shape), model.init(rng)
+    )
+    images, labels = rng.normal(size=(2, 2, 4, 4)), np.array([1, 3])
+    draws = {**model.draw(rng, 2), "num_masked": num_masked, "label_dropped": np.zeros(2, bool)}
+    draws["timesteps"][:8] = [0, 1, 999, 500, 998, 2, 0, 0]
+    of_model = {"num_heads": 2, "buffer_size": 2, "epsilon": model.layer_norm_epsilon}
+    digits = oracle.exact(params)
+
+    masked = masked_by(draws["orders"], num_masked)
+    clean = tokens.from_images(images, 2)
+    z, _ = model.forward(params, clean, labels, masked)
+    for row, label in enumerate(labels):
+        patches = oracle.tokens_of(oracle.exact(images[row]), 2)
+        expected = oracle.conditions(digits, patches, label, masked[row], **of_model)
+        assert_near(z[row], expected)
+    noise, times = rng.normal(size=(3, 8)), np.array([0, 321, 999])
+    output, _ = network.forward(params["diffusion"], noise, times, z[0, :3])
+    for row, t in enumerate(times.tolist()):
+        given = oracle.exact(noise[row]), t, oracle.exact(z[0, row])
+        assert_near(output[row], oracle.network(digits["diffusion"], *given))
+    value, _ = continuous.loss_and_grads(model, params, images, labels, draws)
+    exact_draws = {
+        **{name: draws[name].tolist() for name in ("orders", "timesteps")},
+        "num_masked": num_masked,
+        "noise": oracle.exact(draws["noise"]),
+    }
+    sizes = {"patch_size": 2, "copies": 2, "schedule": "linear"}
+    expected = oracle.loss(
+        digits, oracle.exact(images), labels.tolist(), exact_draws, **sizes, **of_model
+    )
+    np.testing.assert_allclose(value, float(expected), rtol=1e-11)
+
+
+def assert_near(found, expected):
+    """To 450 epsilons of the largest entry, as of the discrete model; see tests.test_oracle."""
+    expected = np.array(expected, np.float64)
+    np.testing.assert_allclose(found, expected, rtol=0.0, atol=1e-13 * np.abs(expected).max())
 
 
 def test_tokens_hold_channel_row_and_column_in_this_order():

@@ -68,7 +68,7 @@ def score_of(p: Numbers, confidence: float, order: str) -> float:
     """What positions are ordered by."""
     if order == "margin":
         second, first = sorted(p)[-2:]
-        return math.log(first - second)
+        return math.log(first - second) if first > second else -math.inf
     if order == "entropy":
         return math.fsum(x * math.log(x) for x in p if x > 0)
     return math.log(confidence)
