@@ -15,16 +15,21 @@ from marref.verify import golden, measure
 from marref.verify.comparison import Golden, compare, crosscheck
 from marref.verify.names import rename
 
+# What takes longest to compute again, for the budgets of all arrays.
+SLOW = ("adam", "clipped", "decode", "ties", "samplers")
+
 
 @pytest.fixture(scope="module")
 def vectors():
     return Golden(*files.load(golden.shipped("tiny")))
 
 
-def everything(vectors, dtype=np.float64):
+def everything(vectors, dtype=np.float64, but=()):
+    """All golden arrays but those of some sections."""
     return {
         name: array.astype(dtype) if array.dtype.kind == "f" else array
         for name, array in vectors.arrays.items()
+        if not name.startswith(but)
     }
 
 
@@ -43,7 +48,7 @@ def test_rows_come_in_the_order_of_computation(vectors):
 
 @pytest.mark.parametrize("dtype", [np.float64, np.float32])
 def test_the_first_difference_is_found(vectors, dtype):
-    arrays = everything(vectors, dtype)
+    arrays = everything(vectors, dtype, but=SLOW)
     for name in ("activations/blocks.1.attention.weights", "activations/blocks.1.output", "loss"):
         arrays[name] = arrays[name] * dtype(1.001)
     comparison = compare(vectors, arrays)
@@ -328,7 +333,7 @@ def test_fail_fast_compares_no_further_than_the_first_stage_that_differs(vectors
 
 def test_what_is_computed_beside_the_first_difference_is_said(vectors):
     query, key = (f"activations/blocks.0.attention.{part}" for part in ("query", "key"))
-    arrays = dict(vectors.arrays)
+    arrays = everything(vectors, but=SLOW)
     for name in (query, key, "activations/blocks.0.attention.weights"):
         arrays[name] = arrays[name] * 1.5
     comparison = compare(vectors, arrays)

@@ -577,10 +577,10 @@ def test_drawn_counts_scatter_around_the_ratio():
     assert counts.var() == pytest.approx(10 * 0.3 * 0.7, rel=0.1)
 
 
-@pytest.mark.parametrize("fault", OF_CLASSES, ids=lambda fault: fault.name)
-def test_a_fault_of_classes_changes_nothing_in_a_model_without(fault):
+@pytest.mark.parametrize("name", sorted(fault.name for fault in OF_CLASSES))
+def test_a_fault_of_classes_changes_nothing_in_a_model_without(name):
     params, batch, right = drawn(TINY)
-    with fault.applied():
+    with CATALOGUE[name].applied():
         found = golden.compute(TINY, params, batch)
     for name, array in right.items():
         np.testing.assert_array_equal(found[name], array, err_msg=name)
