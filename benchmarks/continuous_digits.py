@@ -14,7 +14,8 @@ import numpy as np
 
 from benchmarks.digits import NUM_OF_EACH, judged
 from marref import chance, continuous, demo
-from marref.demo.continuous import DEFAULT, Scale
+from marref.continuous.pixels import Scale
+from marref.demo.continuous import DEFAULT
 
 SAMPLING: dict[str, dict[str, Any]] = {
     "as the demo": {},
@@ -40,7 +41,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parsed = parser.parse_args()
     model, _, state = continuous.load(parsed.checkpoint)
-    scale = Scale.of(demo.rows_and_labels(demo.digits()[0])[0])
+    scale = Scale.of(demo.digits()[0])
     asked = np.repeat(np.arange(demo.NUM_CLASSES), NUM_OF_EACH)
     print("| what differs | of the class asked for | MMD² |\n| --- | ---: | ---: |")
     for name, changed in SAMPLING.items():

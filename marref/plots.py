@@ -1,5 +1,6 @@
 """The pictures of the demo and of runs (extra ``viz``: matplotlib)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +16,17 @@ _MASKED_COLOUR = (0.86, 0.55, 0.38)
 _GAP = 1
 
 
-def loss(path: Path, history: list[StepRecord]) -> None:
-    """Draw the training loss and its running mean, and the learning rate below."""
+def loss(path: Path, history: Sequence[StepRecord], name: str, label: str) -> None:
+    """Draw a loss of training, by its name, and its running mean; the learning rate below."""
     steps = [record.step for record in history]
-    losses = np.array([record.loss for record in history])
+    losses = np.array([getattr(record, name) for record in history])
     window = max(1, len(losses) // 20)
     means = np.convolve(losses, np.ones(window) / window, mode="valid")
     figure = Figure(figsize=(7, 5), layout="constrained")
     upper, lower = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     upper.plot(steps, losses, color="0.8", linewidth=0.8, label="batch")
     upper.plot(steps[window - 1 :], means, color="C0", label=f"mean of {window}")
-    upper.set_ylabel("loss [nats per masked token]")
+    upper.set_ylabel(label)
     upper.legend()
     lower.plot(steps, [record.learning_rate for record in history], color="C1")
     lower.set_ylabel("learning rate")

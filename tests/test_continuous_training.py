@@ -12,6 +12,7 @@ import pytest
 import marref
 from marref import chance, cli, continuous, demo, files, optim, trees
 from marref.continuous import training
+from marref.continuous.pixels import Scale
 from marref.demo import continuous as continuous_demo
 from marref.demo import quality
 from marref.fast import optim as fast_optim
@@ -375,7 +376,7 @@ def test_without_the_viz_extra_the_demo_says_what_it_would_add(tiny, tmp_path, c
 
 def test_the_digits_are_scaled_and_come_back():
     tokens, _ = demo.rows_and_labels(demo.digits()[0])
-    scale = continuous_demo.Scale.of(tokens)
+    scale = Scale.of(demo.digits()[0])
     images = scale.to_images(tokens)
     assert images.shape == (1500, 1, 8, 8)
     assert images.mean() == pytest.approx(0.0, abs=1e-12)

@@ -221,7 +221,7 @@ def test_a_run_leaves_its_options_its_history_and_its_checkpoints(whole):
 
 def test_the_best_by_validation_is_kept(tmp_path, monkeypatch):
     bits = iter([5.0, 2.0, 3.0, 4.0])
-    monkeypatch.setattr(runs, "_validation_bits", lambda *_: next(bits))
+    monkeypatch.setattr(loop, "validation", lambda *_: next(bits))
     runs.start(DATASET, tmp_path, changed(keep=1))
     assert sorted(checkpoints.found(tmp_path / "checkpoints")) == [6, 12]
 

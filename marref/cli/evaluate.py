@@ -8,6 +8,7 @@ from typing import Any
 from marref import chance, data, fast, training
 from marref.cli import arguments
 from marref.training import runs
+from marref.training.checkpoints import discrete
 from marref.trees import Array
 
 _RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9, 1.0)
@@ -36,17 +37,17 @@ def add(commands: Any) -> None:
 
 def _run(parsed: argparse.Namespace) -> int:
     checkpoint = runs.best(parsed.run_folder)
-    config = checkpoint.config
+    config, model = discrete(checkpoint, "evaluate")
     tokens, labels = _sequences(parsed, config)
     predict = functools.partial(
         fast.logits,
-        checkpoint.model,
+        model,
         checkpoint.state.averaged,
         num_threads=config.num_threads,
     )
     measure: dict[str, Any] = {"batch_size": config.batch_size, "labels": labels}
     what = "given" if parsed.data else "held-out"
-    has_classes = checkpoint.model.num_classes is not None
+    has_classes = model.num_classes is not None
     told = ", told no class" if has_classes and labels is None else ""
     print(
         f"{len(tokens):,} {what} sequences of {tokens.shape[1]} tokens{told}, checkpoint of step "

@@ -8,12 +8,14 @@ import numpy as np
 
 import marref
 from marref import chance, checks, data, files
-from marref.cli import arguments, classes, drawing, prompts, rules
+from marref.cli import arguments, classes, continuous, drawing, prompts, rules
 from marref.cli.pictures import shown
+from marref.continuous.run import RunConfig
 from marref.data.codecs import Bytes, Characters, Codec, Pixels, Tokenizer
+from marref.model import MAR
 from marref.training import runs
-from marref.training.checkpoints import Checkpoint
-from marref.trees import Array
+from marref.training.checkpoints import Checkpoint, discrete
+from marref.trees import Array, Tree
 
 _SUFFIXES = (".npy", ".png", ".txt")
 _EXAMPLES = arguments.examples(
@@ -25,6 +27,7 @@ _EXAMPLES = arguments.examples(
     "marref sample run --num 64 --out samples.png --gif unmasking.gif",
     "marref sample run --prompt picture-with-a-hole.png --num 16 --out filled.png",
     "marref sample run --class 7 --guidance-scale 2",
+    "marref sample run-of-continuous --num 64 --out samples.png --diffusion-steps 25",
 )
 
 
@@ -57,6 +60,7 @@ def add(commands: Any) -> None:
     )
     sample.add_argument("--gif", type=Path, metavar="FILE", help="show pictures being unmasked")
     classes.add_arguments(sample)
+    continuous.add_arguments(sample)
     sample.set_defaults(run=_run)
 
 
@@ -71,23 +75,44 @@ def _run(parsed: argparse.Namespace) -> int:
     _check_out(parsed.out, codec)
     _check_gif(parsed.gif, codec)
     settings = runs.read_settings(parsed.run_folder)
-    length = settings["data"]["length"]
     labels = classes.drawn(parsed, runs.classes_of(settings))
+    if isinstance(checkpoint.config, RunConfig):
+        tokens = continuous.sample(parsed, checkpoint, codec, labels)
+        for index, picture in enumerate(tokens):
+            _say(picture[np.newaxis], index, codec, parsed)
+        stages = tokens[np.newaxis]
+    else:
+        stages = _sequences(parsed, checkpoint, codec, settings["data"]["length"], labels)
+    _write(stages, codec, parsed)
+    return 0
+
+
+def _sequences(
+    parsed: argparse.Namespace,
+    checkpoint: Checkpoint,
+    codec: Codec,
+    length: int,
+    labels: list[int | None],
+) -> Array:
+    """Generate with discrete MAR: [steps, num, length], all steps or the last."""
+    continuous.check_discrete(parsed)
+    _, model = discrete(checkpoint, "sample")
     options = rules.settings(parsed, codec)
     start = np.zeros(length, np.int64)
     if parsed.prompt is not None:
         start = prompts.read(parsed.prompt, codec, length)
     drawn = []
     for index in range(parsed.num):
-        stages = _sample(checkpoint, start, labels[index], index, parsed, options)
+        params = checkpoint.state.averaged
+        stages = _sample(model, params, start, labels[index], index, parsed, options)
         _say(stages, index, codec, parsed)
         drawn.append(stages if parsed.gif or _draws_steps(parsed) else stages[-1:])
-    _write(_together(drawn), codec, parsed)
-    return 0
+    return _together(drawn)
 
 
 def _sample(
-    checkpoint: Checkpoint,
+    model: MAR,
+    params: Tree,
     start: Array,
     label: int | None,
     index: int,
@@ -102,8 +127,8 @@ def _sample(
         What it starts from, and the tokens after every step.
     """
     _, steps = marref.iterative_decode(
-        checkpoint.model,
-        checkpoint.state.averaged,
+        model,
+        params,
         tokens=start[np.newaxis],
         num_steps=parsed.steps or int((start == 0).sum()),
         labels=None if label is None else [label],

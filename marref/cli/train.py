@@ -10,11 +10,13 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from marref import data, files, training
+from marref import data, files
 from marref.cli import arguments
+from marref.continuous.run import RunConfig
 from marref.data.codecs import KINDS
 from marref.training import models, runs
-from marref.training.config import Config
+from marref.training.config import AnyConfig, Config, kind_of
+from marref.training.loop import RunRecord
 
 _HELP = {
     "embed_dim": "width of the model",
@@ -30,7 +32,7 @@ _HELP = {
     "learning_rate": "the peak",
     "warmup_steps": "steps to the peak",
     "weight_decay": "of AdamW",
-    "decay": "what decays: matrices or all",
+    "decay": "what decays: matrices or all; published or kernels",
     "max_norm": "to which gradients are clipped",
     "label_drop": "share of the labels that are dropped, to train without a class too",
     "label_smoothing": "share of the uniform distribution in the targets",
@@ -45,15 +47,38 @@ _HELP = {
     "validation_fraction": "of the data, set aside; 0: no validation",
     "num_threads": "threads that share the work",
 }
+_HELP_OF_CONTINUOUS = {
+    "schedule": "of the learning rate: constant or cosine",
+    "average_warmup": "whether the average is short at first: true or false",
+    "num_parts": "parts of a batch, which cores share",
+    "patch_size": "a token is so many pixels high and wide",
+    "encoder_dim": "width of the encoder",
+    "encoder_layers": "blocks of the encoder",
+    "decoder_dim": "width of the decoder",
+    "decoder_layers": "blocks of the decoder",
+    "mlp_ratio": "hidden features over the width",
+    "buffer_size": "places before the tokens that hold the class",
+    "diffusion_dim": "width of the diffusion network",
+    "diffusion_layers": "blocks of the diffusion network",
+    "diffusion_batch_mul": "noises that each token is trained with in a step",
+    "noise_schedule": "cosine or linear",
+    "image_size": "height and width of a picture",
+    "channels": "1 or 3",
+    "pixel_mean": "what is taken off the levels of pixels",
+    "pixel_std": "what they are then divided by",
+}
 _OF_DATA = ("kind", "length", "num_ids", "tokenizer", "levels", "colour", "labels")
 _EXAMPLES = arguments.examples(
     "marref train book.txt --out run",
     "marref train book.txt --out run --num-steps 500 --embed-dim 64 --length 64",
     "marref train digits --out run",
     "marref train pictures --out run --levels 8 --config options.toml",
+    "marref train pictures --continuous --out run",
     "marref train --out run --resume",
 )
 _SMOOTHING = 0.95
+_LEVELS = 256
+_FIELDS = {field.name: field for kind in (Config, RunConfig) for field in dataclasses.fields(kind)}
 
 
 def add(commands: Any) -> None:
@@ -69,6 +94,12 @@ def add(commands: Any) -> None:
     )
     train.add_argument("--out", required=True, type=Path, help="the folder of the run")
     train.add_argument("--resume", action="store_true", help="go on with the run in the folder")
+    train.add_argument(
+        "--continuous",
+        action="store_true",
+        default=None,
+        help="train the model of continuous tokens, on pictures",
+    )
     train.add_argument("--config", type=Path, metavar="FILE.toml", help="options of training")
     source = train.add_argument_group("data")
     source.add_argument("--kind", help=f"what tokens are: {', '.join(KINDS)}")
@@ -82,18 +113,42 @@ def add(commands: Any) -> None:
         "--no-labels", action="store_true", default=None, help="train without the data's classes"
     )
     options = train.add_argument_group("training, see docs/training.md")
-    for field in dataclasses.fields(Config):
-        default = "follows from the others" if field.default is None else field.default
-        options.add_argument(
-            f"--{field.name.replace('_', '-')}",
+    own = train.add_argument_group("with --continuous only, see docs/continuous.md")
+    of_discrete = {field.name for field in dataclasses.fields(Config)}
+    for name, field in _FIELDS.items():
+        group = options if name in of_discrete else own
+        group.add_argument(
+            f"--{name.replace('_', '-')}",
             type=_READERS[_type_of(field)],
             metavar=_type_of(field).__name__.upper(),
-            help=f"{_HELP[field.name]}; default: {default}",
+            help=f"{(_HELP | _HELP_OF_CONTINUOUS)[name]}; default: {_default_of(name)}",
         )
     train.set_defaults(run=_run)
 
 
-_READERS: dict[type, Any] = {int: arguments.integer, float: arguments.real, str: str}
+def _default_of(name: str) -> str:
+    """Say what holds where nothing is said, of both kinds where they differ."""
+    defaults = [
+        "follows from the others" if field.default is None else str(field.default)
+        for kind in (Config, RunConfig)
+        for field in dataclasses.fields(kind)
+        if field.name == name
+    ]
+    return ", with --continuous ".join(dict.fromkeys(defaults))
+
+
+def _truth(text: str) -> bool:
+    if text not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"received {text!r}, expected true or false")
+    return text == "true"
+
+
+_READERS: dict[type, Any] = {
+    int: arguments.integer,
+    float: arguments.real,
+    str: str,
+    bool: _truth,
+}
 
 
 def _type_of(field: dataclasses.Field[Any]) -> type:
@@ -112,18 +167,26 @@ def _run(parsed: argparse.Namespace) -> int:
         _say_how_to_go_on(parsed.out, "stopped")
         raise
     print(f"Done. Sample from it: marref sample {parsed.out}")
-    validated = [r for r in run.history if r.validation_bits is not None]
+    validated = [(r.validation, r.step) for r in run.history if r.validation is not None]
     if validated:
-        best = min(validated, key=lambda record: record.validation_bits or 0.0)
-        print(f"Best validation: {best.validation_bits:.3f} bits per token, step {best.step}.")
+        best, step = min(validated)
+        print(f"Best validation: {_measure(run.history[-1], best)}, step {step}.")
     return 0
+
+
+def _measure(record: runs.AnyRecord, validation: float) -> str:
+    if isinstance(record, RunRecord):
+        return f"{validation:.3f} bits per token"
+    return f"squared error {validation:.4f}"
 
 
 def _start(parsed: argparse.Namespace) -> runs.Run:
     if not parsed.data:
         raise ValueError("data: received none, expected a file, a folder or digits")
     given = {name: getattr(parsed, name) for name in _OF_DATA}
-    config = Config.from_dict(_options(parsed))
+    config = kind_of("continuous" if parsed.continuous else "discrete").from_dict(_options(parsed))
+    if parsed.continuous and Path(parsed.data[0]).is_dir() and parsed.levels is None:
+        given["levels"] = _LEVELS
     dataset = data.load(parsed.data if len(parsed.data) > 1 else parsed.data[0], **given)
     if parsed.no_labels:
         if parsed.labels is not None:
@@ -145,8 +208,9 @@ def _resume(parsed: argparse.Namespace) -> runs.Run:
     names = [
         *_OF_DATA,
         "no_labels",
-        *(field.name for field in dataclasses.fields(Config)),
+        *_FIELDS,
         "config",
+        "continuous",
     ]
     for name in names:
         if getattr(parsed, name) is not None:
@@ -155,7 +219,7 @@ def _resume(parsed: argparse.Namespace) -> runs.Run:
                 f"options in {parsed.out / 'config.json'}"
             )
     dataset = runs.read_dataset(parsed.out, parsed.data)
-    config = Config.from_dict(runs.read_settings(parsed.out)["config"])
+    config = runs.config_of(runs.read_settings(parsed.out))
     _say_what(dataset, config, parsed.out)
     return runs.resume(parsed.out, dataset, on_step=_Progress(config.num_steps))
 
@@ -169,8 +233,7 @@ def _options(parsed: argparse.Namespace) -> dict[str, Any]:
             options = tomllib.loads(parsed.config.read_text("utf-8"))
         except (ValueError, RecursionError) as error:
             raise ValueError(f"{parsed.config}: is no TOML that can be read ({error})") from error
-    names = [field.name for field in dataclasses.fields(Config)]
-    given = {name: getattr(parsed, name) for name in names}
+    given = {name: getattr(parsed, name) for name in _FIELDS}
     return options | {name: value for name, value in given.items() if value is not None}
 
 
@@ -178,12 +241,17 @@ def _absolute(path: str) -> str:
     return path if path == "digits" else str(Path(path).absolute())
 
 
-def _say_what(dataset: data.Dataset, config: Config, out: Path) -> None:
+def _say_what(dataset: data.Dataset, config: AnyConfig, out: Path) -> None:
     model = config.model(dataset.vocab_size, dataset.num_classes)
-    count = config.batch_size * config.accumulate
+    if isinstance(config, Config):
+        width, layers = config.embed_dim, str(config.num_layers)
+        count = config.batch_size * config.accumulate
+    else:
+        width, count = config.encoder_dim, config.batch_size
+        layers = f"{config.encoder_layers} + {config.decoder_layers}"
     print(
-        f"Training {models.num_parameters(model):,} parameters (width {config.embed_dim}, "
-        f"{config.num_layers} layers) into {out}: {config.num_steps:,} steps of {count} sequences."
+        f"Training {models.num_parameters(model):,} parameters (width {width}, {layers} layers) "
+        f"into {out}: {config.num_steps:,} steps of {count} sequences."
     )
     what = "windows" if dataset.is_stream else "sequences"
     print(
@@ -214,33 +282,37 @@ class _Progress:
         self._loss = math.nan
         self._best = math.inf
 
-    def __call__(self, record: runs.RunRecord) -> None:
+    def __call__(self, record: runs.AnyRecord) -> None:
+        loss = record.loss if isinstance(record, RunRecord) else record.squared_error
         if self._first is None:
-            self._first, self._loss = record.step, record.loss
-        self._loss = _SMOOTHING * self._loss + (1.0 - _SMOOTHING) * record.loss
+            self._first, self._loss = record.step, loss
+        self._loss = _SMOOTHING * self._loss + (1.0 - _SMOOTHING) * loss
         now, is_last = time.monotonic(), record.step == self._num_steps
         if now - self._said >= self._interval or is_last:
             self._said = now
             end = "\x1b[K\r" if self._rewrites and not is_last else "\n"
             print(self._line(record, now), end=end, flush=True)
-        if record.validation_bits is not None:
-            self._say_validation(record.step, record.validation_bits)
+        if record.validation is not None:
+            self._say_validation(record, record.validation)
 
-    def _line(self, record: training.StepRecord, now: float) -> str:
+    def _line(self, record: runs.AnyRecord, now: float) -> str:
         assert self._first is not None
         taken = record.step - self._first + 1
         left = (now - self._started) / taken * (self._num_steps - record.step)
+        if isinstance(record, RunRecord):
+            told = f"loss {self._loss:.3f}, {self._loss / math.log(2):.3f} bits per token"
+        else:
+            told = f"squared error {self._loss:.3f}, bound {record.bound:.3f} bits"
         return (
-            f"step {record.step:,}/{self._num_steps:,}: loss {self._loss:.3f}, "
-            f"{self._loss / math.log(2):.3f} bits per token, "
+            f"step {record.step:,}/{self._num_steps:,}: {told}, "
             f"{record.tokens_per_second:,.0f} tokens/s, {_duration(left)} left"
         )
 
-    def _say_validation(self, step: int, bits: float) -> None:
-        is_best = bits < self._best
-        self._best = min(bits, self._best)
+    def _say_validation(self, record: runs.AnyRecord, validation: float) -> None:
+        is_best = validation < self._best
+        self._best = min(validation, self._best)
         print(
-            f"step {step:,}/{self._num_steps:,}: validation {bits:.3f} bits per token"
+            f"step {record.step:,}/{self._num_steps:,}: validation {_measure(record, validation)}"
             f"{', the best so far' if is_best else ''}{self._erased}",
             flush=True,
         )

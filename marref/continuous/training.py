@@ -198,8 +198,10 @@ def train(
     state = init(config, model) if state is None else _copied(checked(config, model, state))
     memory.keep_by_default()
     history = []
-    for _ in range(int(state.optimiser["step"]), config.num_steps):
-        state, record = _step(config, model, images, classes, state)
+    for number in range(int(state.optimiser["step"]), config.num_steps):
+        rng = chance.generator(config.seed, "batch", number)
+        chosen = rng.integers(len(images), size=config.batch_size)
+        state, record = step(config, model, images[chosen], classes[chosen], state)
         history.append(record)
         if on_step is not None:
             on_step(record, state)
@@ -241,25 +243,20 @@ def _copied(state: State) -> State:
     return State(*(trees.map_leaves(np.copy, part) for part in state))
 
 
-def _step(
+def step(
     config: Config, model: ContinuousMAR, images: Array, labels: Array, state: State
 ) -> tuple[State, StepRecord]:
-    """Take a step, in place; draws depend on the seed and the number of the step."""
+    """Take a step on a batch, in place; draws depend on the seed and the number of the step."""
     start = time.perf_counter()
     number = int(state.optimiser["step"])
-    chosen = chance.generator(config.seed, "batch", number).integers(
-        len(images), size=config.batch_size
-    )
     draws = model.draw(
         chance.generator(config.seed, "diffusion", number),
-        config.batch_size,
+        len(images),
         mask_schedule=config.mask_schedule,
     )
     rate = config.learning_rate_at(number)
     with loop.divergence_named(number):
-        grads, squared_error, bound = _grads(
-            config, model, state.params, images[chosen], labels[chosen], draws
-        )
+        grads, squared_error, bound = _grads(config, model, state.params, images, labels, draws)
         optimiser, grad_norm = run_step(
             state.params,
             grads,
@@ -273,7 +270,7 @@ def _step(
             decay=decayed(state.params, config.decay),
             average_decay=config.average_decay_at(number),
         )
-    speed = config.batch_size * model.length / (time.perf_counter() - start)
+    speed = len(images) * model.length / (time.perf_counter() - start)
     loss = squared_error + bound
     record = StepRecord(number + 1, loss, grad_norm, rate, speed, squared_error, bound)
     return State(state.params, optimiser, state.average), record

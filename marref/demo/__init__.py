@@ -116,7 +116,7 @@ def run(
         echo('No pictures: the viz extra, pip install ".[viz]", adds loss.png, samples.png and')
         echo("unmasking.png (matplotlib) and a progress bar (tqdm).")
     else:
-        plots.loss(out / "loss.png", history)
+        plots.loss(out / "loss.png", history, *loop.PLOTTED)
         plots.samples(out / "samples.png", by_class(held_out), generated)
         first = slice(None, None, NUM_OF_EACH)
         plots.unmasking(out / "unmasking.png", steps["tokens"][:, first], steps["mask"][:, first])

@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from marref import chance, continuous, data
+from marref import chance, continuous
 from marref.continuous import Config, ContinuousMAR, StepRecord
+from marref.continuous.pixels import Scale
 from marref.data import Dataset
 from marref.demo import (
     NUM_CLASSES,
@@ -26,7 +27,6 @@ from marref.demo import (
     write_history,
 )
 from marref.training import State
-from marref.trees import Array
 
 _SHOWN_DIGITS = 5
 
@@ -66,28 +66,6 @@ QUICK = Settings(
 )
 
 
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """What takes grey values, tokens less 1, to a mean of 0 and a standard deviation of 1."""
-
-    mean: float
-    std: float
-
-    @classmethod
-    def of(cls, tokens: Array) -> "Scale":
-        """Measure it on tokens [count, 64]."""
-        return cls(float((tokens - 1).mean()), float(tokens.std()))
-
-    def to_images(self, tokens: Array) -> Array:
-        """[count, 64] -> [count, 1, 8, 8]."""
-        return ((tokens - 1 - self.mean) / self.std).reshape(-1, 1, *data.DIGITS_SHAPE)
-
-    def to_tokens(self, images: Array) -> Array:
-        """Undo `to_images`, to the nearest of the 17 grey levels."""
-        grey = np.rint(images.reshape(len(images), -1) * self.std + self.mean)
-        return np.clip(grey, 0, data.DIGITS_VOCAB_SIZE - 2).astype(np.int64) + 1
-
-
 def run(
     settings: Settings, out: Path, seed: int, echo: Callable[[str], None] = print
 ) -> tuple[float, quality.TwoSamples]:
@@ -113,7 +91,7 @@ def run(
     """
     out.mkdir(parents=True, exist_ok=True)
     train, held_out = digits()
-    scale = Scale.of(rows_and_labels(train)[0])
+    scale = Scale.of(train)
     config = dataclasses.replace(settings.config, seed=seed)
     model = continuous.build(**settings.model)
     state, history = train_on(config, model, train, scale, echo)

@@ -14,16 +14,19 @@ import warnings
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from marref import checks, files, trees
 from marref.model import MAR
-from marref.training.config import Config
+from marref.training.config import AnyConfig, Config, kind_of
 from marref.training.loop import State
 from marref.training.models import num_parameters
 from marref.trees import Array
+
+if TYPE_CHECKING:
+    from marref.continuous import ContinuousMAR
 
 FORMAT = "marref-checkpoint-1"
 _SUFFIXES = (".safetensors", ".npz")
@@ -39,7 +42,7 @@ class Checkpoint(NamedTuple):
     step : int
         How many steps were taken.
     state : State
-    config : Config
+    config : Config, or marref.continuous.run.RunConfig
         Resolved.
     vocab_size : int
     codec : dict
@@ -50,13 +53,13 @@ class Checkpoint(NamedTuple):
 
     step: int
     state: State
-    config: Config
+    config: AnyConfig
     vocab_size: int
     codec: dict[str, Any]
     num_classes: int | None = None
 
     @property
-    def model(self) -> MAR:
+    def model(self) -> "MAR | ContinuousMAR":
         """The model whose state it is."""
         return self.config.model(self.vocab_size, self.num_classes)
 
@@ -83,6 +86,8 @@ def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
         "vocab_size": checkpoint.vocab_size,
         "codec": checkpoint.codec,
     }
+    if checkpoint.config.kind != "discrete":
+        metadata["model"] = checkpoint.config.kind
     if checkpoint.num_classes is not None:
         metadata["num_classes"] = checkpoint.num_classes
     metadata["checksum"] = checksum(arrays, metadata)
@@ -116,7 +121,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         if metadata.get("format") != FORMAT:
             raise ValueError(f"format {metadata.get('format')!r}, expected {FORMAT!r}")
-        config = Config.from_dict(metadata["config"])
+        config = kind_of(metadata.get("model", "discrete")).from_dict(metadata["config"])
         step = checks.integer("step", metadata["step"], 0, config.num_steps)
         model = config.model(metadata["vocab_size"], metadata.get("num_classes"))
     except (KeyError, TypeError, ValueError) as error:
@@ -132,7 +137,23 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
         )
     except (TypeError, ValueError) as error:
         raise ValueError(f"{path}: {error}") from error
-    return Checkpoint(step, state, config, model.vocab_size, metadata["codec"], model.num_classes)
+    sizes = metadata["vocab_size"], metadata["codec"], metadata.get("num_classes")
+    return Checkpoint(step, state, config, *sizes)
+
+
+def discrete(checkpoint: Checkpoint, what: str) -> tuple[Config, MAR]:
+    """Return the config and the model of discrete MAR; raise where it is the continuous one.
+
+    Parameters
+    ----------
+    checkpoint : Checkpoint
+    what : str
+        Asks for it.
+    """
+    config, model = checkpoint.config, checkpoint.model
+    if isinstance(config, Config) and isinstance(model, MAR):
+        return config, model
+    raise ValueError(f"{what}: received a run of the continuous model, expected discrete MAR")
 
 
 def latest(folder: str | os.PathLike[str]) -> Checkpoint | None:
@@ -221,7 +242,11 @@ def state_of(
     dtype: str,
     averaged: bool,
 ) -> State:
-    """Build a state of what `arrays_of` named; raise unless shapes and dtype are as expected."""
+    """Build a state of what `arrays_of` named; raise unless shapes and dtype are as expected.
+
+    Leaves come in the order of the model's, whatever that of the file: sums over all of them, as
+    the norm of the gradients, have the same last digits as if nothing had been read.
+    """
     parts: dict[str, Any] = {}
     for name, array in arrays.items():
         part, _, leaf = name.partition("/")
@@ -231,11 +256,11 @@ def state_of(
     expected |= {"average"} if averaged else set()
     if parts.keys() != expected:
         raise ValueError(f"holds {', '.join(parts)}, expected {', '.join(sorted(expected))}")
-    parts = {part: trees.unflatten(leaves) for part, leaves in parts.items()}
-    for part, tree in parts.items():
-        received = trees.check_like(part, tree, shapes)
+    for part, leaves in parts.items():
+        received = trees.check_like(part, trees.unflatten(leaves), shapes)
         if received != dtype:
             raise TypeError(f"{part}: dtype {received}, expected {dtype}")
+        parts[part] = trees.unflatten({name: leaves[name] for name in shapes})
     average = parts.pop("average", None)
     params = parts.pop("params")
     return State(params, {"step": np.array(step, np.int64), **parts}, average)

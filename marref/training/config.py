@@ -3,12 +3,15 @@
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias, TypeVar
 
 from marref import checks, masking, optim
 from marref.data import Dataset
 from marref.fast import parallel
 from marref.model import MAR
+
+if TYPE_CHECKING:
+    from marref.continuous.run import RunConfig
 
 DECAYED = ("matrices", "all")
 MASKED_PER = ("sequence", "batch")
@@ -80,6 +83,8 @@ class Config:
         An option is of another type or outside its range.
     """
 
+    kind: ClassVar[str] = "discrete"
+
     embed_dim: int = 64
     num_layers: int = 2
     num_heads: int = 4
@@ -142,11 +147,7 @@ class Config:
     @classmethod
     def from_dict(cls, options: Mapping[str, Any]) -> "Config":
         """Build one from what JSON or TOML hold; an unknown option names the nearest."""
-        known = [field.name for field in dataclasses.fields(cls)]
-        for name in options:
-            if name not in known:
-                raise ValueError(f"config: {checks.unknown_name(name, known)}")
-        return cls(**options)
+        return from_options(cls, options)
 
     def resolved(self, dataset: Dataset) -> "Config":
         """Fill in every ``None``."""
@@ -202,3 +203,27 @@ class Config:
 
     def _set(self, name: str, value: float) -> None:
         object.__setattr__(self, name, value)
+
+
+AnyConfig: TypeAlias = "Config | RunConfig"
+"""Of a run of discrete MAR, or of the continuous model."""
+
+_Config = TypeVar("_Config")
+
+
+def from_options(kind: type[_Config], options: Mapping[str, Any]) -> _Config:
+    """Build a config of options; an unknown one names the nearest."""
+    known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"config: {checks.unknown_name(name, known)}")
+    return kind(**options)
+
+
+def kind_of(name: str) -> "type[Config] | type[RunConfig]":
+    """Return the class of the configs of a kind of run."""
+    if checks.choice("model", name, ("discrete", "continuous")) == "discrete":
+        return Config
+    from marref.continuous.run import RunConfig  # which imports this package
+
+    return RunConfig

@@ -8,16 +8,17 @@ import dataclasses
 import functools
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from marref import files, trees
-from marref.interop import torch
+from marref.interop import mar, torch
 from marref.model import MAR
 from marref.training import runs
-from marref.training.checkpoints import Checkpoint
+from marref.training.checkpoints import Checkpoint, discrete
 from marref.trees import Array, Tree
 from marref.verify.comparison import Golden, Row, compare
 
@@ -34,9 +35,10 @@ def export(run: str | os.PathLike[str], path: str | os.PathLike[str]) -> tuple[C
     run : path
         The folder of `marref.training.runs.start`.
     path : path
-        ``.safetensors``: a state_dict by PyTorch's names and layouts, see `marref.interop.torch`,
-        in the run's dtype (extra ``interop``).  ``.onnx``: see `marref.interop.onnx`, in float32
-        (extra ``onnx``).  Both hold, as JSON under ``marref``, the metadata that `metadata` says.
+        ``.safetensors``: a state_dict by PyTorch's names and layouts, see `marref.interop.torch`
+        (of the continuous model `marref.interop.mar`), in the run's dtype (extra ``interop``).
+        ``.onnx``: see `marref.interop.onnx`, in float32 (extra ``onnx``).  Both hold, as JSON under
+        ``marref``, the metadata that `metadata` says.
 
     Returns
     -------
@@ -86,18 +88,20 @@ def metadata(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def _write_torch(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> str:
-    params = checkpoint.state.averaged
+    params, model = checkpoint.state.averaged, checkpoint.model
+    if isinstance(model, MAR):
+        state, read = torch.to_state_dict(params), torch.to_params
+    else:
+        state = mar.to_state_dict(params, model)
+        read = functools.partial(mar.to_params, model=model)
     files.save(
-        path,
-        torch.to_state_dict(params),
-        metadata(checkpoint),
-        check=functools.partial(_check_torch, params),
+        path, state, metadata(checkpoint), check=functools.partial(_check_torch, params, read)
     )
     return "read back, every number is the run's"
 
 
-def _check_torch(params: Tree, path: Path) -> None:
-    found = trees.flatten(torch.to_params(files.load(path)[0]))
+def _check_torch(params: Tree, read: Callable[[Any], Tree], path: Path) -> None:
+    found = trees.flatten(read(files.load(path)[0]))
     for name, leaf in trees.flatten(params).items():
         if found[name].dtype != leaf.dtype or not np.array_equal(found[name], leaf):
             raise FloatingPointError(f"{name}: the file holds other numbers than the run")
@@ -111,7 +115,7 @@ def _write_onnx(checkpoint: Checkpoint, path: str | os.PathLike[str]) -> str:
     except ImportError as error:
         raise ImportError('a name in .onnx needs onnx: pip install ".[onnx]"') from error
     params = trees.map_leaves(lambda leaf: leaf.astype(np.float32), checkpoint.state.averaged)
-    model = checkpoint.model
+    _, model = discrete(checkpoint, "out: .onnx")
     text = json.dumps(metadata(checkpoint))
     graph = graphs.to_model(model, params, {METADATA_KEY: text})
     with files.replacing(path) as temporary:

@@ -7,6 +7,7 @@ number alone, so that a run that was stopped goes on as if it had not been.
 
 import contextlib
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -16,12 +17,18 @@ import numpy.typing as npt
 
 from marref import chance, checks, masking, optim, trees
 from marref.data import Dataset
-from marref.fast import adam_step, loss_and_grads
+from marref.fast import adam_step, logits, loss_and_grads
 from marref.fast.optim import run_step
 from marref.masking import drop_labels, mask_tokens, sample_mask_ratio
 from marref.model import MAR, check_model
 from marref.training.config import Config
+from marref.training.evaluation import bits_per_token
 from marref.trees import Array, Tree
+
+VALIDATION_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""The mask ratios over which the validation is the mean."""
+PLOTTED = ("loss", "loss [nats per masked token]")
+"""Of a `StepRecord`, and what it is."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +53,26 @@ class StepRecord:
     grad_norm: float
     learning_rate: float
     tokens_per_second: float
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecord(StepRecord):
+    """What happened in one step of a run: a line of ``history.csv``.
+
+    Parameters
+    ----------
+    validation_bits : float or None
+        After the step, where validation is due: bits per masked token of the data that were set
+        aside, of the averaged parameters where there is an average; the mean over
+        `VALIDATION_RATIOS`, behind the same masks each time.
+    """
+
+    validation_bits: float | None = None
+
+    @property
+    def validation(self) -> float | None:
+        """What is best where it is least."""
+        return self.validation_bits
 
 
 def train(
@@ -272,6 +299,23 @@ def step(
     speed = batch.targets.size / (time.perf_counter() - start)
     record = StepRecord(number + 1, loss, grad_norm, rate, speed)
     return State(state.params, optimiser, state.average), record
+
+
+def validation(config: Config, model: MAR, held_out: Dataset, index: Array, state: State) -> float:
+    """Measure the bits per masked token of some sequences of a dataset; see `RunRecord`."""
+    predict = functools.partial(logits, model, state.averaged, num_threads=config.num_threads)
+    bits = [
+        bits_per_token(
+            predict,
+            held_out.rows(index),
+            ratio,
+            chance.generator(config.seed, "validation", number),
+            labels=held_out.labels_at(index),
+            batch_size=config.batch_size,
+        )
+        for number, ratio in enumerate(VALIDATION_RATIOS)
+    ]
+    return sum(bits) / len(bits)
 
 
 class _Batch(NamedTuple):

@@ -2,11 +2,14 @@
 
 import math
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from marref import files, trees
 from marref.model import MAR, check_model
 from marref.trees import Tree
+
+if TYPE_CHECKING:
+    from marref.continuous import ContinuousMAR
 
 # Of a file beside its parameters: names, headers, the model.
 _OVERHEAD = 2**24
@@ -69,6 +72,6 @@ def load_model(path: str | os.PathLike[str]) -> tuple[MAR, Tree]:
     return model, params
 
 
-def num_parameters(model: MAR) -> int:
+def num_parameters(model: "MAR | ContinuousMAR") -> int:
     """Count the numbers in a model's parameters."""
     return sum(math.prod(shape) for shape in model.parameter_shapes.values())

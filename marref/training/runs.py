@@ -12,7 +12,6 @@ same parameters as one that never stopped.  Page: docs/training.md.
 
 import contextlib
 import dataclasses
-import functools
 import importlib.util
 import json
 import os
@@ -22,21 +21,29 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
+from typing import TYPE_CHECKING, Any, NamedTuple, TextIO, TypeAlias
 
 import numpy as np
 
-from marref import chance, checks, data, fast, files, trees
+from marref import checks, data, files, trees
 from marref.data import Classes, Dataset
 from marref.model import MAR
 from marref.training import checkpoints, loop
 from marref.training.checkpoints import Checkpoint
-from marref.training.config import Config
-from marref.training.evaluation import bits_per_token
-from marref.training.loop import State, StepRecord
+from marref.training.config import AnyConfig, Config, kind_of
+from marref.training.loop import VALIDATION_RATIOS, RunRecord, State
 from marref.trees import Array
 
+if TYPE_CHECKING:
+    from marref.continuous import ContinuousMAR
+    from marref.continuous.run import RunRecord as ContinuousRunRecord
+
+AnyRecord: TypeAlias = "RunRecord | ContinuousRunRecord"
+"""What happened in a step of a run, of discrete MAR or of the continuous model."""
+
 __all__ = [
+    "VALIDATION_RATIOS",
+    "AnyRecord",
     "Config",
     "Run",
     "RunRecord",
@@ -51,25 +58,8 @@ __all__ = [
 ]
 
 FORMAT = "marref-run-1"
-VALIDATION_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
-"""The mask ratios over which the validation is the mean."""
 VALIDATION_SEQUENCES = 256
 """How many sequences at most it is computed over."""
-
-
-@dataclasses.dataclass(frozen=True)
-class RunRecord(StepRecord):
-    """What happened in one step of a run: a line of ``history.csv``.
-
-    Parameters
-    ----------
-    validation_bits : float or None
-        After the step, where validation is due: bits per masked token of the data that were set
-        aside, of the averaged parameters where there is an average; the mean over
-        `VALIDATION_RATIOS`, behind the same masks each time.
-    """
-
-    validation_bits: float | None = None
 
 
 class Run(NamedTuple):
@@ -77,29 +67,29 @@ class Run(NamedTuple):
 
     Parameters
     ----------
-    config : Config
+    config : Config, or marref.continuous.run.RunConfig
         Resolved.
-    model : MAR
+    model : MAR or ContinuousMAR
     state : State
         ``params``, ``optimiser``, ``average``, and ``averaged``, to sample with.
     history : list of RunRecord
     """
 
-    config: Config
-    model: MAR
+    config: AnyConfig
+    model: "MAR | ContinuousMAR"
     state: State
-    history: list[RunRecord]
+    history: list[AnyRecord]
 
 
 def start(
     dataset: Dataset,
     out: str | os.PathLike[str],
-    config: Config | None = None,
+    config: "AnyConfig | None" = None,
     *,
     source: Sequence[str] | None = None,
     labels: str | None = None,
-    on_step: Callable[[RunRecord], None] | None = None,
-    on_state: Callable[[RunRecord, State], None] | None = None,
+    on_step: Callable[[AnyRecord], None] | None = None,
+    on_state: Callable[[AnyRecord, State], None] | None = None,
 ) -> Run:
     """Train on a dataset into a new folder.
 
@@ -109,8 +99,8 @@ def start(
         See `marref.data`.  With labels, the model has their classes.
     out : path
         Made if missing; must hold no run yet.
-    config : Config, optional
-        By default what `Config` says.
+    config : Config, or marref.continuous.run.RunConfig, optional
+        By default what `Config` says; with a `RunConfig` the continuous model is trained.
     source : sequence of str, optional
         Where the data lie; kept in config.json for `read_dataset`, and not compared.
     labels : str, optional
@@ -157,8 +147,8 @@ def resume(
     out: str | os.PathLike[str],
     dataset: Dataset,
     *,
-    on_step: Callable[[RunRecord], None] | None = None,
-    on_state: Callable[[RunRecord, State], None] | None = None,
+    on_step: Callable[[AnyRecord], None] | None = None,
+    on_state: Callable[[AnyRecord, State], None] | None = None,
 ) -> Run:
     """Go on with a run from its newest checkpoint, or from its start if there is none yet.
 
@@ -193,7 +183,7 @@ def resume(
     """
     loop.check_callbacks(on_step, on_state)
     settings = read_settings(out)
-    job = _job(dataset, Path(out), Config.from_dict(settings["config"]))
+    job = _job(dataset, Path(out), config_of(settings))
     for name, found in _described(job, dataset).items():
         # The options of a run are those that it was started with, and these alone.
         if name != "config" and found != settings.get(name):
@@ -239,6 +229,11 @@ def read_settings(out: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"{path}: is damaged, expected {name} in it")
     checks.integer(f"{path}: length", settings["data"].get("length"), 1)
     return settings
+
+
+def config_of(settings: dict[str, Any]) -> AnyConfig:
+    """Return the config of a run, from what `read_settings` read."""
+    return kind_of(settings.get("model", "discrete")).from_dict(settings["config"])
 
 
 def read_dataset(out: str | os.PathLike[str], source: Sequence[str] | None = None) -> data.Dataset:
@@ -312,12 +307,14 @@ def best(out: str | os.PathLike[str]) -> Checkpoint:
     RuntimeWarning
         A checkpoint is damaged, and another is used.
     """
-    read_settings(out)
+    settings = read_settings(out)
     folder = Path(out) / "checkpoints"
     found = checkpoints.found(folder)
     if not found:
         raise ValueError(f"{os.fspath(out)}: has no checkpoint yet")
-    history = _read_history(Path(out) / "history.csv", max(found))
+    history = _read_history(
+        Path(out) / "history.csv", max(found), _loop(config_of(settings)).RunRecord
+    )
     step = _best([record for record in history if record.step in found])
     if step is not None:
         try:
@@ -352,14 +349,20 @@ def spread_index(dataset: Dataset, count: int) -> Array:
 
 
 class _Job(NamedTuple):
-    """What does not change during a run; ``held_out`` are tokens and labels to validate with."""
+    """What does not change during a run.
+
+    ``held_out`` are data, and which of them to validate with; ``loop`` is the module that takes the
+    steps.
+    """
 
     out: Path
-    config: Config
-    model: MAR
+    config: AnyConfig
+    model: "MAR | ContinuousMAR"
     train: Dataset
-    held_out: tuple[Array, Array | None] | None
+    held_out: tuple[Dataset, Array] | None
     codec: dict[str, Any]
+    vocab_size: int
+    loop: Any
 
     @property
     def settings(self) -> Path:
@@ -374,14 +377,23 @@ class _Job(NamedTuple):
         return self.out / "checkpoints"
 
 
-def _job(dataset: Dataset, out: Path, config: Config) -> _Job:
+def _loop(config: AnyConfig) -> Any:
+    """Return the module whose functions train with a config."""
+    if isinstance(config, Config):
+        return loop
+    from marref.continuous import run  # which imports this package
+
+    return run
+
+
+def _job(dataset: Dataset, out: Path, config: AnyConfig) -> _Job:
     model = config.model(dataset.vocab_size, dataset.num_classes)
     train, held_out = dataset, None
     if config.validation_fraction:
         train, validation = dataset.split(config.validation_fraction, config.seed)
-        index = spread_index(validation, VALIDATION_SEQUENCES)
-        held_out = validation.rows(index), validation.labels_at(index)
-    return _Job(out, config, model, train, held_out, dataset.codec.as_dict())
+        held_out = validation, spread_index(validation, VALIDATION_SEQUENCES)
+    codec = dataset.codec.as_dict()
+    return _Job(out, config, model, train, held_out, codec, dataset.vocab_size, _loop(config))
 
 
 def _described(job: _Job, dataset: Dataset) -> dict[str, Any]:
@@ -398,8 +410,10 @@ def _described(job: _Job, dataset: Dataset) -> dict[str, Any]:
             "counts": np.bincount(dataset.labels, minlength=job.model.num_classes or 0).tolist(),
             "checksum": zlib.crc32(dataset.labels.astype("<i8").tobytes()),
         }
+    kind = {} if job.config.kind == "discrete" else {"model": job.config.kind}
     return {
         "format": FORMAT,
+        **kind,
         "config": dataclasses.asdict(job.config),
         "vocab_size": dataset.vocab_size,
         "codec": job.codec,
@@ -409,8 +423,8 @@ def _described(job: _Job, dataset: Dataset) -> dict[str, Any]:
 
 def _go_on(
     job: _Job,
-    on_step: Callable[[RunRecord], None] | None,
-    on_state: Callable[[RunRecord, State], None] | None,
+    on_step: Callable[[AnyRecord], None] | None,
+    on_state: Callable[[AnyRecord, State], None] | None,
 ) -> Run:
     """Train from the newest checkpoint to the end."""
     for folder in (job.out, job.checkpoints):
@@ -418,8 +432,8 @@ def _go_on(
     newest = checkpoints.latest(job.checkpoints)
     first = 0 if newest is None else newest.step
     checkpoints.remove_after(job.checkpoints, first)
-    state = loop.init(job.config, job.model) if newest is None else newest.state
-    history = _shortened_history(job.history, first)
+    state = job.loop.init(job.config, job.model) if newest is None else newest.state
+    history = _shortened_history(job.history, first, job.loop.RunRecord)
     # A kill may have come between a checkpoint and the removal of an old one.
     checkpoints.clean(job.checkpoints, job.config.keep, best=_best(history))
     with _signals() as received:
@@ -444,67 +458,47 @@ def _go_on(
     if importlib.util.find_spec("matplotlib"):
         from marref import plots
 
-        plots.loss(job.out / "loss.png", list(history))
+        plots.loss(job.out / "loss.png", history, *job.loop.PLOTTED)
     return Run(job.config, job.model, state, history)
 
 
-def _step(job: _Job, state: State, number: int) -> tuple[State, RunRecord]:
+def _step(job: _Job, state: State, number: int) -> tuple[State, AnyRecord]:
     """Take a step, and validate where that is due."""
-    state, record = loop.step(job.config, job.model, job.train, state, number)
-    bits = None
+    state, record = job.loop.step(job.config, job.model, job.train, state, number)
+    measured = None
     if job.held_out is not None and _is_multiple(job.config, number + 1, "validate_every"):
-        bits = _validation_bits(job, *job.held_out, state)
-    return state, RunRecord(**vars(record), validation_bits=bits)
+        measured = job.loop.validation(job.config, job.model, *job.held_out, state)
+    return state, job.loop.RunRecord(*dataclasses.astuple(record), measured)
 
 
-def _validation_bits(job: _Job, tokens: Array, labels: Array | None, state: State) -> float:
-    predict = functools.partial(
-        fast.logits, job.model, state.averaged, num_threads=job.config.num_threads
-    )
-    bits = [
-        bits_per_token(
-            predict,
-            tokens,
-            ratio,
-            chance.generator(job.config.seed, "validation", index),
-            labels=labels,
-            batch_size=job.config.batch_size,
-        )
-        for index, ratio in enumerate(VALIDATION_RATIOS)
-    ]
-    return sum(bits) / len(bits)
-
-
-def _is_multiple(config: Config, step: int, option: str) -> bool:
+def _is_multiple(config: AnyConfig, step: int, option: str) -> bool:
     """Whether a step is the last, or a multiple of what an option says."""
     return step == config.num_steps or step % getattr(config, option) == 0
 
 
-def _is_due(config: Config, history: list[RunRecord]) -> bool:
+def _is_due(config: AnyConfig, history: list[AnyRecord]) -> bool:
     """Whether a checkpoint is: every so often, at the end, and of what is best so far."""
     record = history[-1]
-    is_best = record.validation_bits is not None and record.step == _best(history)
+    is_best = record.validation is not None and record.step == _best(history)
     return is_best or _is_multiple(config, record.step, "checkpoint_every")
 
 
-def _best(history: list[RunRecord]) -> int | None:
+def _best(history: list[AnyRecord]) -> int | None:
     """Return the step of the best validation, the first of equals."""
     validated = [
-        (record.validation_bits, record.step)
-        for record in history
-        if record.validation_bits is not None
+        (record.validation, record.step) for record in history if record.validation is not None
     ]
     return min(validated)[1] if validated else None
 
 
-def _save(job: _Job, state: State, history: list[RunRecord]) -> None:
+def _save(job: _Job, state: State, history: list[AnyRecord]) -> None:
     """Write a checkpoint after the lines of the history that lead to it; remove old ones."""
     for name, leaf in trees.flatten(state.params).items():
         checks.finite(name, leaf)
     with files.naming(job.history):
         files.sync(job.history)
     step = history[-1].step
-    sizes = job.model.vocab_size, job.codec, job.model.num_classes
+    sizes = job.vocab_size, job.codec, job.model.num_classes
     checkpoints.save(job.checkpoints, Checkpoint(step, state, job.config, *sizes))
     checkpoints.clean(job.checkpoints, job.config.keep, best=_best(history))
 
@@ -538,7 +532,7 @@ def _made(job: _Job) -> Iterator[None]:
         with contextlib.suppress(
             OSError, ValueError
         ):  # what cannot be removed is not what went wrong
-            if is_new and not _read_history(job.history, 1):
+            if is_new and not _read_history(job.history, 1, job.loop.RunRecord):
                 for path in (job.settings, job.history):
                     path.unlink(missing_ok=True)
             for folder in missing:
@@ -590,17 +584,17 @@ def _stop_if_asked(received: list[int], step: int) -> None:
         raise KeyboardInterrupt(f"stopped after step {step}, from which resume goes on")
 
 
-def _read_history(path: Path, last: int) -> list[RunRecord]:
-    """Read the history up to a step."""
+def _read_history(path: Path, last: int, kind: type[Any]) -> list[AnyRecord]:
+    """Read the history up to a step, in records of a kind."""
     if not path.exists():
         return []
     with files.regular(path).open(encoding="utf-8", errors="replace", newline="") as file:
-        return list(_records(file, last))
+        return list(_records(file, last, kind))
 
 
-def _shortened_history(path: Path, last: int) -> list[RunRecord]:
+def _shortened_history(path: Path, last: int, kind: type[Any]) -> list[AnyRecord]:
     """Read the history up to a step, and cut off what is behind it."""
-    records = _read_history(path, last)
+    records = _read_history(path, last, kind)
     if last and (not records or records[-1].step < last):
         known = records[-1].step if records else 0
         warnings.warn(
@@ -608,21 +602,25 @@ def _shortened_history(path: Path, last: int) -> list[RunRecord]:
             RuntimeWarning,
             stacklevel=2,
         )
-    columns = [field.name for field in dataclasses.fields(RunRecord)]
+    columns = [field.name for field in dataclasses.fields(kind)]
     lines = [_line(columns), *(_line(dataclasses.astuple(record)) for record in records)]
     with files.replacing(path) as temporary:
         temporary.write_text("".join(lines), "utf-8", newline="")
     return records
 
 
-def _records(file: TextIO, last: int) -> Iterator[RunRecord]:
+def _records(file: TextIO, last: int, kind: type[Any]) -> Iterator[AnyRecord]:
     """Read lines up to a step, or to the first that was not written whole."""
     next(file, None)
+    columns = len(dataclasses.fields(kind))
     for line in file:
+        values = line.rstrip("\n").split(",")
+        if len(values) != columns:
+            return
+        step, *numbers, measured = values
         try:
-            step, loss, norm, rate, speed, bits = line.rstrip("\n").split(",")
-            numbers = float(loss), float(norm), float(rate), float(speed)
-            record = RunRecord(int(step), *numbers, float(bits) if bits else None)
+            validation = float(measured) if measured else None
+            record = kind(int(step), *map(float, numbers), validation)
         except ValueError:
             return
         if record.step > last:
@@ -630,7 +628,7 @@ def _records(file: TextIO, last: int) -> Iterator[RunRecord]:
         yield record
 
 
-def _append(path: Path, record: RunRecord) -> None:
+def _append(path: Path, record: AnyRecord) -> None:
     """Add a line at once, so that a kill leaves whole lines."""
     with files.naming(path), path.open("a", encoding="utf-8", newline="") as file:
         file.write(_line(dataclasses.astuple(record)))

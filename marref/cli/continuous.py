@@ -1,0 +1,116 @@
+"""``marref sample`` of a run of the continuous model: pictures, by chains of diffusion steps."""
+
+import argparse
+from typing import Any
+
+import numpy as np
+
+from marref import chance, continuous
+from marref.cli import arguments
+from marref.continuous.model import ContinuousMAR
+from marref.continuous.run import RunConfig
+from marref.data.codecs import Codec
+from marref.training.checkpoints import Checkpoint
+from marref.trees import Array, Tree
+
+_MOST_AT_ONCE = 64
+_STEPS = 16
+_DIFFUSION_STEPS = 100
+_CLIP = 3.0
+_OF_DISCRETE = (
+    "top_k",
+    "top_p",
+    "min_p",
+    "exclude_ids",
+    "choice_temperature",
+    "order_temperature",
+    "score_temperature",
+    "order",
+    "reveal",
+    "block_length",
+    "remask",
+    "prompt",
+    "show_steps",
+    "gif",
+)
+
+
+def add_arguments(sample: argparse.ArgumentParser) -> None:
+    """Add the options that only runs of the continuous model have."""
+    own = sample.add_argument_group("of runs with --continuous only, see docs/continuous.md")
+    own.add_argument(
+        "--diffusion-steps",
+        type=arguments.positive,
+        help=f"of each token, of the 1,000; default: {_DIFFUSION_STEPS}",
+    )
+    own.add_argument(
+        "--clip",
+        type=_clip,
+        metavar="BOUND",
+        help=f"of the estimate of the clean token, or none, as published; default: {_CLIP:g}",
+    )
+
+
+def _clip(text: str) -> float:
+    return np.inf if text == "none" else arguments.real(text)
+
+
+def check_discrete(parsed: argparse.Namespace) -> None:
+    """Raise if an option is given that only runs of the continuous model have."""
+    _check_not_given(parsed, ("diffusion_steps", "clip"), "discrete MAR")
+
+
+def _check_not_given(parsed: argparse.Namespace, names: tuple[str, ...], model: str) -> None:
+    for name in names:
+        if getattr(parsed, name) not in (None, False, 0.0, []):
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option}: received for a run of {model}, which has none")
+
+
+def sample(
+    parsed: argparse.Namespace, checkpoint: Checkpoint, codec: Codec, labels: list[int | None]
+) -> Array:
+    """Generate pictures; each depends on its number, and not on how many there are.
+
+    Returns
+    -------
+    int64 array [num, codec.length]
+        Tokens.
+    """
+    _check_not_given(parsed, _OF_DISCRETE, "the continuous model")
+    config, model = checkpoint.config, checkpoint.model
+    assert isinstance(config, RunConfig)
+    assert isinstance(model, ContinuousMAR)
+    scale = config.scale(codec)
+    clip = _CLIP if parsed.clip is None else parsed.clip
+    options: dict[str, Any] = {
+        "num_steps": min(parsed.steps or _STEPS, model.length),
+        "num_diffusion_steps": parsed.diffusion_steps or _DIFFUSION_STEPS,
+        "temperature": parsed.temperature,
+        "guidance_scale": parsed.guidance_scale,
+        "guidance": parsed.guidance,
+        "clip": None if np.isinf(clip) else clip,
+    }
+    parts = []
+    for start in range(0, parsed.num, _MOST_AT_ONCE):
+        numbers = range(start, min(start + _MOST_AT_ONCE, parsed.num))
+        classes = [label for label in labels[numbers.start : numbers.stop] if label is not None]
+        images = continuous.sample(
+            model,
+            checkpoint.state.averaged,
+            classes or None,
+            draws=_draws(parsed.seed, model, numbers, options["num_diffusion_steps"]),
+            **options,
+        )
+        parts.append(scale.to_tokens(images))
+    return np.concatenate(parts)
+
+
+def _draws(seed: int, model: ContinuousMAR, numbers: range, num_steps: int) -> Tree:
+    """Draw what is random of some samples, each by its number."""
+    drawn = [
+        continuous.draw(model, chance.generator(seed, "sample", index), 1, num_steps)
+        for index in numbers
+    ]
+    axes = {"orders": 0, "start_noise": 0, "step_noise": 1}
+    return {name: np.concatenate([one[name] for one in drawn], axis) for name, axis in axes.items()}
