@@ -26,6 +26,7 @@ _OF_DISCRETE = (
     "order_temperature",
     "score_temperature",
     "order",
+    "schedule",
     "reveal",
     "block_length",
     "remask",

@@ -54,7 +54,7 @@ def add_arguments(sample: argparse.ArgumentParser) -> None:
         "confidence) or --remask (remdm: random, p2: confidence); else, with --choice-temperature "
         "or --order-temperature, confidence; else random",
     )
-    add("--schedule", choices=tuple(SCHEDULES), default="cosine")
+    add("--schedule", choices=tuple(SCHEDULES), help="default: cosine")
     add(
         "--reveal",
         type=_REVEAL,
@@ -84,7 +84,7 @@ def settings(parsed: argparse.Namespace, codec: Codec) -> dict[str, Any]:
         "order_temperature": parsed.order_temperature,
         "score_temperature": parsed.score_temperature,
         "order": order,
-        "schedule": parsed.schedule,
+        "schedule": parsed.schedule or "cosine",
         "reveal": parsed.reveal,
         "block_length": parsed.block_length,
         "remask": parsed.remask,

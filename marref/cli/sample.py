@@ -27,7 +27,7 @@ _EXAMPLES = arguments.examples(
     "marref sample run --num 64 --out samples.png --gif unmasking.gif",
     "marref sample run --prompt picture-with-a-hole.png --num 16 --out filled.png",
     "marref sample run --class 7 --guidance-scale 2",
-    "marref sample run-of-continuous --num 64 --out samples.png --diffusion-steps 25",
+    "marref sample continuous-run --num 64 --out samples.png --diffusion-steps 25",
 )
 
 
@@ -42,7 +42,11 @@ def add(commands: Any) -> None:
     )
     sample.add_argument("run_folder", metavar="RUN", type=Path, help="the folder of marref train")
     sample.add_argument("--num", type=arguments.positive, default=4, help="default: 4")
-    sample.add_argument("--steps", type=arguments.positive, help="default: one a blank")
+    sample.add_argument(
+        "--steps",
+        type=arguments.positive,
+        help="default: one a blank, 16 of a run with --continuous",
+    )
     rules.add_arguments(sample)
     sample.add_argument("--seed", type=arguments.not_negative, default=0, help="default: 0")
     sample.add_argument(
