@@ -41,7 +41,7 @@ from marref.layers import layer_norm, linear
 from marref.trees import Array, Tree
 
 _STD = 0.02
-_TOKEN_NORM_EPSILON = 1e-6
+TOKEN_NORM_EPSILON = 1e-6
 
 
 class ContinuousMAR(Hyperparameters):
@@ -234,7 +234,7 @@ class ContinuousMAR(Hyperparameters):
         )
         rows = np.arange(len(kept))[:, np.newaxis]
         h, cache["token_norm"] = layer_norm.forward(
-            params["token_norm"], h[rows, kept], _TOKEN_NORM_EPSILON
+            params["token_norm"], h[rows, kept], TOKEN_NORM_EPSILON
         )
         h, cache["encoder_blocks"] = self._blocks(params["encoder_blocks"], h, keep, "encoder")
         h, cache["encoder_norm"] = layer_norm.forward(
