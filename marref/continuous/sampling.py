@@ -96,12 +96,11 @@ def sample(
     if guidance_scale != 1.0:
         classes.append(model.check_labels(None, batch))
     found = np.zeros((batch, model.length, model.token_dim), dtype)
+    counts = schedules.cosine(model.length, num_steps)
+    scales = scales_of(counts, guidance_scale, guidance)
     left = model.length
-    for count in schedules.cosine(model.length, num_steps):
-        before, left = masked_by(draws["orders"], left), left - int(count)
-        scale = guidance_scale
-        if guidance == "linear":
-            scale = 1.0 + (scale - 1.0) * (model.length - max(left, 1)) / model.length
+    for count, scale in zip(counts.tolist(), scales.tolist(), strict=True):
+        before, left = masked_by(draws["orders"], left), left - count
         conditions = [model.forward(params, found, of, before)[0] for of in classes]
         now = before & ~masked_by(draws["orders"], left)
         found[now] = chain.run(now, [z[now] for z in conditions], scale)
@@ -137,6 +136,22 @@ def draw(
         "start_noise": rng.standard_normal(shape),
         "step_noise": rng.standard_normal((num_steps, *shape)),
     }
+
+
+def scales_of(counts: Array, guidance_scale: float, guidance: str) -> Array:
+    """Compute the guidance scale of every step, in which so many tokens are generated: [steps]."""
+    if guidance == "constant":
+        return np.full(len(counts), guidance_scale)
+    length = counts.sum()
+    left = np.maximum(length - np.cumsum(counts), 1)
+    scales: Array = 1.0 + (guidance_scale - 1.0) * (length - left) / length
+    return scales
+
+
+def guide(output: Array, no_class: Array, scale: float) -> Array:
+    """Move e, and leave v; all arrays [rows, 2·token_dim]."""
+    (e, v), (of_none, _) = np.split(output, 2, axis=1), np.split(no_class, 2, axis=1)
+    return np.concatenate([of_none + scale * (e - of_none), v], axis=1)
 
 
 class Chain:
@@ -175,12 +190,7 @@ class Chain:
         for index in range(last, -1, -1):
             time = np.full(len(x), self.steps.timestep[index])
             outputs = [network.forward(self.params, x, time, z)[0] for z in conditions]
-            output = outputs[0]
-            if len(outputs) > 1:
-                width = x.shape[1]
-                e, no_class = output[:, :width], outputs[1][:, :width]
-                guided = no_class + scale * (e - no_class)
-                output = np.concatenate([guided, output[:, width:]], axis=1)
+            output = outputs[0] if len(outputs) == 1 else guide(outputs[0], outputs[1], scale)
             noise = self.draws["step_noise"][last - index][now].astype(dtype)
             x = diffusion.step_back(self.steps, output, x, index, noise, **self.options)
         return x
