@@ -109,7 +109,7 @@ def test_the_forward_pass_is_that_of_the_published_code(params):
         [0.7384685587295879, 0.44466151674170695, -0.6045522710579293, -0.8516909814865656],
     )
     z, cache = MODEL.forward(params, clean, LABELS, MASK)
-    encoded, _ = MODEL._encode(params, clean, LABELS, cache["kept"], None)
+    encoded, _ = MODEL.encode(params, clean, LABELS, cache["kept"], None)
     close(
         encoded[0, 2],
         [-0.3895256787771984, 0.26981737319099297, 0.0750562496939032, 0.45816098179832326],

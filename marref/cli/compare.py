@@ -32,7 +32,8 @@ def add(commands: Any) -> None:
     )
     compare.add_argument(
         "--names",
-        help="torch, flax, axon, a JSON file (your names -> ours), or auto: by the parameters",
+        help="torch, flax, axon, a JSON file (your names -> ours), or auto: by the parameters; of "
+        "continuous MAR mar, the published names",
     )
     compare.add_argument("--write-names", metavar="FILE", help="with --names auto: keep the map")
     compare.add_argument(

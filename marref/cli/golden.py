@@ -12,6 +12,7 @@ _EXAMPLES = arguments.examples(
     "marref golden golden.npz",
     'marref golden golden.safetensors --config \'{"gelu": "tanh"}\'',
     "marref golden own.npz --params model.safetensors --names torch",
+    "marref golden golden.npz --continuous",
 )
 
 
@@ -27,7 +28,10 @@ def add(commands: Any) -> None:
         "out", help="file to write: .safetensors or .npz; with --where: tiny, which ships"
     )
     golden.add_argument("--where", action="store_true", help="print where the shipped file is")
-    golden.add_argument("--preset", choices=("tiny", "small"), default="tiny")
+    golden.add_argument("--preset", choices=("tiny", "small"), help="default: tiny")
+    golden.add_argument(
+        "--continuous", action="store_true", help="of the model with continuous tokens"
+    )
     golden.add_argument(
         "--config", help='hyper-parameters to change, as JSON: \'{"gelu": "tanh"}\''
     )
@@ -54,6 +58,8 @@ def _run(parsed: argparse.Namespace) -> int:
         return 0
     files.check_suffix("out", parsed.out)
     config = json.loads(parsed.config or "{}")
+    if parsed.continuous:
+        return _continuous(parsed, config)
     if parsed.params:
         model, params, batch, notes = checkpoint.load(
             parsed.params,
@@ -67,7 +73,7 @@ def _run(parsed: argparse.Namespace) -> int:
     elif parsed.names or parsed.tokens:
         raise ValueError("--names and --tokens: expected --params beside them")
     else:
-        model = dataclasses.replace(golden.PRESETS[parsed.preset], **config)
+        model = dataclasses.replace(golden.PRESETS[parsed.preset or "tiny"], **config)
         params, batch = golden.draw(model, parsed.seed)
     arrays, metadata = golden.make_from(
         model,
@@ -77,6 +83,29 @@ def _run(parsed: argparse.Namespace) -> int:
         dtype=parsed.dtype,
         activations=parsed.activations,
     )
+    return _save(parsed, arrays, metadata)
+
+
+def _continuous(parsed: argparse.Namespace, config: dict[str, Any]) -> int:
+    from marref.verify import golden_continuous
+
+    of_discrete = {
+        "--preset": parsed.preset,
+        "--params": parsed.params,
+        "--names": parsed.names,
+        "--tokens": parsed.tokens,
+        "--activations": parsed.activations != ("*",),
+    }
+    given = [name for name, value in of_discrete.items() if value]
+    if given:
+        raise ValueError(f"{', '.join(given)}: of discrete MAR, received beside --continuous")
+    model = dataclasses.replace(golden_continuous.TINY, **config)
+    return _save(parsed, *golden_continuous.make(model, parsed.seed, parsed.dtype))
+
+
+def _save(parsed: argparse.Namespace, arrays: dict[str, Any], metadata: dict[str, Any]) -> int:
+    from marref import files
+
     files.save(parsed.out, arrays, metadata)
     print(f"{parsed.out}: {len(arrays)} arrays of {parsed.dtype}")
     return 0

@@ -85,7 +85,6 @@ class Process:
         return c2
 
 
-@functools.cache
 def process(schedule: str, num_steps: int = NUM_TIMESTEPS) -> Process:
     """Make a schedule, of all T = 1000 steps or of fewer.
 
@@ -234,7 +233,7 @@ def _last_step(clean: Array, distance: Array, log_variance: Array) -> tuple[Arra
     """
     shrink = np.exp(-0.5 * log_variance)
     above, below = (shrink * (distance + side) for side in (_BIN, -_BIN))
-    (phi_above, slope_above), (phi_below, slope_below) = map(_normal, (above, below))
+    (phi_above, slope_above), (phi_below, slope_below) = map(normal, (above, below))
     lowest, highest = clean < -0.999, clean > 0.999
     p = np.where(highest, 1.0, phi_above) - np.where(lowest, 0.0, phi_below)
     dp = np.where(highest, 0.0, slope_above * above) - np.where(lowest, 0.0, slope_below * below)
@@ -243,7 +242,7 @@ def _last_step(clean: Array, distance: Array, log_variance: Array) -> tuple[Arra
     return -np.log(p), np.where(floored, 0.0, 0.5 * dp / p)
 
 
-def _normal(a: Array) -> tuple[Array, Array]:
+def normal(a: Array) -> tuple[Array, Array]:
     """Compute Φ, nearly, and its derivative ½ (1 - tanh²) √(2/π) (1 + 3·0.044715 a²)."""
     tanh = np.tanh(_ROOT * (a + _CUBIC * a**3))
     return 0.5 * (1.0 + tanh), 0.5 * (1.0 - tanh**2) * _ROOT * (1.0 + 3.0 * _CUBIC * a**2)

@@ -138,7 +138,7 @@ class ContinuousMAR(Hyperparameters):
         num_rows = self.diffusion_batch_mul * batch_size * self.length
         draws: Tree = {
             "orders": rng.permuted(np.tile(np.arange(self.length), (batch_size, 1)), axis=1),
-            "num_masked": int(np.clip(np.ceil(self.length * ratio), 1, self.length)),
+            "num_masked": num_masked(self.length, ratio),
             "label_dropped": rng.random(batch_size) < self.label_drop,
             "timesteps": rng.integers(diffusion.NUM_TIMESTEPS, size=num_rows),
             "noise": rng.standard_normal((num_rows, self.token_dim)),
@@ -191,8 +191,8 @@ class ContinuousMAR(Hyperparameters):
         cache : dict
         """
         cache: Tree = {"labels": labels, "kept": self.kept(masked)}
-        encoded, cache["encoder"] = self._encode(params, tokens, labels, cache["kept"], keep)
-        z, cache["decoder"] = self._decode(params, encoded, cache["kept"], keep)
+        encoded, cache["encoder"] = self.encode(params, tokens, labels, cache["kept"], keep)
+        z, cache["decoder"] = self.decode(params, encoded, cache["kept"], keep)
         return z, cache
 
     def backward(self, params: Tree, dz: Array, cache: Tree) -> Tree:
@@ -203,8 +203,8 @@ class ContinuousMAR(Hyperparameters):
         dict
             Like ``params``, without ``diffusion``.
         """
-        dencoded, of_decoder = self._decode_backward(params, dz, cache)
-        of_encoder = self._encode_backward(params, dencoded, cache)
+        dencoded, of_decoder = self.decode_backward(params, dz, cache)
+        of_encoder = self.encode_backward(params, dencoded, cache)
         grads = {**of_encoder, **of_decoder}
         return {name: grads[name] for name in params if name != "diffusion"}
 
@@ -221,34 +221,21 @@ class ContinuousMAR(Hyperparameters):
         buffer = np.tile(np.arange(self.buffer_size), (len(masked), 1))
         return np.concatenate([buffer, self.buffer_size + visible], axis=1)
 
-    def _encode(
+    def encode(
         self, params: Tree, tokens: Array, labels: Array, kept: Array, keep: Tree | None
     ) -> tuple[Array, Tree]:
         """Encode the buffer and what is visible: [batch, kept, encoder_dim]."""
-        cache: Tree = {}
-        projected, cache["token_projection"] = linear.forward(params["token_projection"], tokens)
-        classes = params["class_embedding"]["table"][labels][:, np.newaxis]
-        buffer = np.repeat(classes, self.buffer_size, axis=1)
-        h = positions.forward(
-            params["encoder_positions"], np.concatenate([buffer, projected], axis=1)
-        )
-        rows = np.arange(len(kept))[:, np.newaxis]
-        h, cache["token_norm"] = layer_norm.forward(
-            params["token_norm"], h[rows, kept], TOKEN_NORM_EPSILON
-        )
+        h, cache = self.embed(params, tokens, labels, kept)
+        h, cache["token_norm"] = layer_norm.forward(params["token_norm"], h, TOKEN_NORM_EPSILON)
         h, cache["encoder_blocks"] = self._blocks(params["encoder_blocks"], h, keep, "encoder")
         h, cache["encoder_norm"] = layer_norm.forward(
             params["encoder_norm"], h, self.layer_norm_epsilon
         )
         return h, cache
 
-    def _encode_backward(self, params: Tree, dencoded: Array, cache: Tree) -> Tree:
-        """Push ``dencoded`` back.
-
-        What is not kept has no gradient.  The class vector stands in all places of the buffer, so
-        its gradient is the sum over them, and over the sequences of that class.
-        """
-        of, kept, labels = cache["encoder"], cache["kept"], cache["labels"]
+    def encode_backward(self, params: Tree, dencoded: Array, cache: Tree) -> Tree:
+        """Push ``dencoded`` back."""
+        of = cache["encoder"]
         grads: Tree = {}
         dh, grads["encoder_norm"] = layer_norm.backward(
             params["encoder_norm"], dencoded, of["encoder_norm"]
@@ -257,17 +244,47 @@ class ContinuousMAR(Hyperparameters):
             params["encoder_blocks"], dh, of["encoder_blocks"]
         )
         dkept, grads["token_norm"] = layer_norm.backward(params["token_norm"], dh, of["token_norm"])
-        dall = np.zeros((len(kept), self.buffer_size + self.length, self.encoder_dim), dh.dtype)
-        dall[np.arange(len(kept))[:, np.newaxis], kept] = dkept
-        dall, grads["encoder_positions"] = positions.backward(dall)
-        dtable = np.zeros_like(params["class_embedding"]["table"])
-        np.add.at(dtable, labels, dall[:, : self.buffer_size].sum(axis=1))
-        _, grads["token_projection"] = linear.backward(
-            params["token_projection"], dall[:, self.buffer_size :], of["token_projection"]
-        )
-        return {**grads, "class_embedding": {"table": dtable}}
+        return {**grads, **self.embed_backward(params, dkept, of)}
 
-    def _decode(
+    def embed(self, params: Tree, tokens: Array, labels: Array, kept: Array) -> tuple[Array, Tree]:
+        """Put the class vector in the buffer and what is visible behind it, with positions.
+
+        Returns
+        -------
+        h : array [batch, kept, encoder_dim]
+        cache : dict
+        """
+        projected, of_tokens = linear.forward(params["token_projection"], tokens)
+        classes = params["class_embedding"]["table"][labels][:, np.newaxis]
+        buffer = np.repeat(classes, self.buffer_size, axis=1)
+        h = positions.forward(
+            params["encoder_positions"], np.concatenate([buffer, projected], axis=1)
+        )
+        rows = np.arange(len(kept))[:, np.newaxis]
+        return h[rows, kept], {"token_projection": of_tokens, "labels": labels, "kept": kept}
+
+    def embed_backward(self, params: Tree, dkept: Array, cache: Tree) -> Tree:
+        """Push ``dkept`` back.
+
+        What is not kept has no gradient.  The class vector stands in all places of the buffer, so
+        its gradient is the sum over them, and over the sequences of that class.
+        """
+        kept = cache["kept"]
+        dall = np.zeros((len(kept), self.buffer_size + self.length, self.encoder_dim), dkept.dtype)
+        dall[np.arange(len(kept))[:, np.newaxis], kept] = dkept
+        dall, dpositions = positions.backward(dall)
+        dtable = np.zeros_like(params["class_embedding"]["table"])
+        np.add.at(dtable, cache["labels"], dall[:, : self.buffer_size].sum(axis=1))
+        _, dprojection = linear.backward(
+            params["token_projection"], dall[:, self.buffer_size :], cache["token_projection"]
+        )
+        return {
+            "class_embedding": {"table": dtable},
+            "token_projection": dprojection,
+            "encoder_positions": dpositions,
+        }
+
+    def decode(
         self, params: Tree, encoded: Array, kept: Array, keep: Tree | None
     ) -> tuple[Array, Tree]:
         """Decode all places, the mask vector where nothing was encoded."""
@@ -275,19 +292,16 @@ class ContinuousMAR(Hyperparameters):
         projected, cache["decoder_projection"] = linear.forward(
             params["decoder_projection"], encoded
         )
-        shape = (len(kept), self.buffer_size + self.length, self.decoder_dim)
-        h = np.broadcast_to(params["mask_vector"], shape).copy()
-        h[np.arange(len(kept))[:, np.newaxis], kept] = projected
-        h = positions.forward(params["decoder_positions"], h)
+        h = self.fill(params, projected, kept)
         h, cache["decoder_blocks"] = self._blocks(params["decoder_blocks"], h, keep, "decoder")
         h, cache["decoder_norm"] = layer_norm.forward(
             params["decoder_norm"], h, self.layer_norm_epsilon
         )
         return positions.forward(params["diffusion_positions"], h[:, self.buffer_size :]), cache
 
-    def _decode_backward(self, params: Tree, dz: Array, cache: Tree) -> tuple[Array, Tree]:
-        """Push ``dz`` back; the mask vector's gradient is the sum over all places that have it."""
-        of, rows = cache["decoder"], np.arange(len(cache["kept"]))[:, np.newaxis]
+    def decode_backward(self, params: Tree, dz: Array, cache: Tree) -> tuple[Array, Tree]:
+        """Push ``dz`` back."""
+        of = cache["decoder"]
         grads: Tree = {}
         dz, grads["diffusion_positions"] = positions.backward(dz)
         buffer = np.zeros((len(dz), self.buffer_size, self.decoder_dim), dz.dtype)
@@ -297,13 +311,27 @@ class ContinuousMAR(Hyperparameters):
         dh, grads["decoder_blocks"] = _blocks_backward(
             params["decoder_blocks"], dh, of["decoder_blocks"]
         )
-        dh, grads["decoder_positions"] = positions.backward(dh)
+        dprojected, of_places = self.fill_backward(dh, cache["kept"])
         dencoded, grads["decoder_projection"] = linear.backward(
-            params["decoder_projection"], dh[rows, cache["kept"]], of["decoder_projection"]
+            params["decoder_projection"], dprojected, of["decoder_projection"]
         )
+        return dencoded, {**grads, **of_places}
+
+    def fill(self, params: Tree, projected: Array, kept: Array) -> Array:
+        """Put the mask vector where nothing was encoded, and add positions: [batch, places, …]."""
+        shape = (len(kept), self.buffer_size + self.length, self.decoder_dim)
+        h = np.broadcast_to(params["mask_vector"], shape).copy()
+        h[np.arange(len(kept))[:, np.newaxis], kept] = projected
+        return positions.forward(params["decoder_positions"], h)
+
+    def fill_backward(self, dh: Array, kept: Array) -> tuple[Array, Tree]:
+        """Push ``dh`` back; the mask vector's gradient is the sum over all places that have it."""
+        dh, dpositions = positions.backward(dh)
+        rows = np.arange(len(kept))[:, np.newaxis]
+        dprojected = dh[rows, kept]
         dh = dh.copy()
-        dh[rows, cache["kept"]] = 0.0
-        return dencoded, {**grads, "mask_vector": dh.sum(axis=(0, 1))}
+        dh[rows, kept] = 0.0
+        return dprojected, {"decoder_positions": dpositions, "mask_vector": dh.sum(axis=(0, 1))}
 
     def _blocks(
         self, params: list[Tree], h: Array, keep: Tree | None, part: str
@@ -330,6 +358,11 @@ def _blocks_backward(params: list[Tree], dh: Array, caches: list[Tree]) -> tuple
         dh, grads = block.backward(of_block, dh, cache)
         last_first.append(grads)
     return dh, last_first[::-1]
+
+
+def num_masked(length: int, ratio: float) -> int:
+    """Count the masked tokens: ceil(length·ratio), at least one."""
+    return int(np.clip(np.ceil(length * ratio), 1, length))
 
 
 def check_model(model: Any) -> None:

@@ -133,6 +133,22 @@ def draw(
     }
 
 
+def scales_of(counts: Array, guidance_scale: float, guidance: str) -> Array:
+    """Compute the guidance scale of every step, in which so many tokens are generated: [steps]."""
+    if guidance == "constant":
+        return np.full(len(counts), guidance_scale)
+    length = counts.sum()
+    left = np.maximum(length - np.cumsum(counts), 1)
+    scales: Array = 1.0 + (guidance_scale - 1.0) * (length - left) / length
+    return scales
+
+
+def guide(output: Array, no_class: Array, scale: float) -> Array:
+    """Move e, and leave v; all arrays [rows, 2·token_dim]."""
+    (e, v), (of_none, _) = np.split(output, 2, axis=1), np.split(no_class, 2, axis=1)
+    return np.concatenate([of_none + scale * (e - of_none), v], axis=1)
+
+
 class Plan(NamedTuple):
     """What is random, what is asked for, and how; see `sample`.
 
@@ -161,12 +177,11 @@ class Sampler:
         """Generate tokens [batch, length, token_dim], a few of each sequence at a time."""
         orders, length = plan.draws["orders"], self.model.length
         found = np.zeros((*orders.shape, self.model.token_dim), self.dtype)
+        counts = schedules.cosine(length, plan.num_steps)
+        scales = scales_of(counts, plan.guidance_scale, plan.guidance)
         left = length
-        for count in schedules.cosine(length, plan.num_steps):
-            before, left = masked_by(orders, left), left - int(count)
-            scale = plan.guidance_scale
-            if plan.guidance == "linear":
-                scale = 1.0 + (scale - 1.0) * (length - max(left, 1)) / length
+        for count, scale in zip(counts.tolist(), scales.tolist(), strict=True):
+            before, left = masked_by(orders, left), left - count
             now = before & ~masked_by(orders, left)
             conditions = self.conditions(found, plan.classes, before, now)
             found[now] = self.chain(plan, now, conditions, scale)
@@ -189,10 +204,7 @@ class Sampler:
         for index in range(last, -1, -1):
             output, *no_class = self.outputs(x, index, conditions)
             if no_class:
-                width = x.shape[1]
-                e, e_no_class = output[:, :width], no_class[0][:, :width]
-                guided = e_no_class + scale * (e - e_no_class)
-                output = np.concatenate([guided, output[:, width:]], axis=1)
+                output = guide(output, no_class[0], scale)
             noise = plan.draws["step_noise"][last - index][now].astype(x.dtype)
             x = diffusion.step_back(
                 self.steps, output, x, index, noise, plan.temperature, plan.clip

@@ -74,16 +74,29 @@ def to_params(state: Mapping[str, Any], model: ContinuousMAR) -> Tree:
     """
     check_model(model)
     found = naming.leaves("state", state)
-    expected = dict(_names(model))
+    expected = dict(published_names(model))
     missing, more = expected.keys() - found.keys(), found.keys() - expected.keys()
     if missing or more:
         raise ValueError(
             f"state: {', '.join(sorted(missing)) or 'nothing'} missing, "
             f"{', '.join(sorted(more)) or 'nothing'} not expected"
         )
+    leaves = to_leaves(found, model)
+    params = trees.unflatten({name: leaves[name] for name in model.parameter_shapes})
+    trees.check_like("state", params, model.parameter_shapes)
+    return params
+
+
+def to_leaves(state: Mapping[str, Array], model: ContinuousMAR) -> dict[str, Array]:
+    """Read some of the parameters by marref's dotted names; what has no name of theirs is left out.
+
+    The table of classes is there if all of it is given.
+    """
     leaves: dict[str, Array] = {}
-    for theirs, ours in expected.items():
-        array = found[theirs]
+    for theirs, ours in published_names(model):
+        if theirs not in state:
+            continue
+        array = state[theirs]
         if theirs in _TABLES:
             array = array.reshape(array.shape[_TABLES[theirs][1] :])
         elif ours.endswith(".kernel"):
@@ -93,12 +106,11 @@ def to_params(state: Mapping[str, Any], model: ContinuousMAR) -> Tree:
                 leaves[ours.replace("qkv", part)] = np.array(piece, order="C")
         else:
             leaves[ours] = np.array(array, order="C")
-    none = leaves.pop("no_class").reshape(1, -1)
-    classes = [leaves.pop("classes")] if "classes" in leaves else []
-    leaves["class_embedding.table"] = np.concatenate([*classes, none])
-    params = trees.unflatten({name: leaves[name] for name in model.parameter_shapes})
-    trees.check_like("state", params, model.parameter_shapes)
-    return params
+    none, classes = leaves.pop("no_class", None), leaves.pop("classes", None)
+    if none is not None and (classes is not None or model.num_classes is None):
+        rows = [none.reshape(1, -1)] if classes is None else [classes, none.reshape(1, -1)]
+        leaves["class_embedding.table"] = np.concatenate(rows)
+    return leaves
 
 
 def to_state_dict(params: Tree, model: ContinuousMAR) -> dict[str, Array]:
@@ -109,7 +121,7 @@ def to_state_dict(params: Tree, model: ContinuousMAR) -> dict[str, Array]:
     table = leaves.pop("class_embedding.table")
     leaves |= {"classes": table[:-1], "no_class": table[-1:]}
     state = {}
-    for theirs, ours in _names(model):
+    for theirs, ours in published_names(model):
         if ".qkv." in ours:
             parts = [leaves[ours.replace("qkv", part)] for part in _PARTS]
             array = np.concatenate(parts, axis=-1)
@@ -121,7 +133,7 @@ def to_state_dict(params: Tree, model: ContinuousMAR) -> dict[str, Array]:
     return state
 
 
-def _names(model: ContinuousMAR) -> list[tuple[str, str]]:
+def published_names(model: ContinuousMAR) -> list[tuple[str, str]]:
     """Pair the published names with marref's; "classes" and "no_class" are rows of one table."""
     modules = dict(_MODULES)
     for part, num in (("encoder", model.encoder_layers), ("decoder", model.decoder_layers)):

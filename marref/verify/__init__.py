@@ -1,11 +1,12 @@
 """Proofs that an implementation is right.
 
 `check_gradients` and `check_layer` hold gradients to numerical derivatives.  `golden.make` writes
-golden vectors, of a `checkpoint` of yours too; `compare`, `crosscheck` and `diagnose` hold another
-implementation to them, whose arrays `rename` takes under names and in layouts of its own.
+golden vectors, of a `checkpoint` of yours too, and `golden_continuous.make` those of continuous
+MAR; `compare`, `crosscheck` and `diagnose` hold another implementation to them, whose arrays
+`rename` takes under names and in layouts of its own.
 """
 
-from marref.verify import checkpoint, golden
+from marref.verify import checkpoint, golden, golden_continuous
 from marref.verify.comparison import Comparison, Golden, Row, compare, crosscheck
 from marref.verify.diagnosis import Diagnosis, diagnose
 from marref.verify.gradients import check_gradients, check_layer
@@ -27,5 +28,6 @@ __all__ = [
     "crosscheck",
     "diagnose",
     "golden",
+    "golden_continuous",
     "rename",
 ]

@@ -29,10 +29,11 @@ from typing import Any
 import numpy as np
 
 from marref import checks, trees
+from marref.continuous.model import ContinuousMAR
 from marref.model import MAR
 from marref.positions import sinusoidal_table
 from marref.trees import Array, Tree
-from marref.verify import golden, measure, samplers
+from marref.verify import golden, golden_continuous, measure, samplers
 from marref.verify.faults.fault import Fault
 from marref.verify.rounding import (
     EPSILON,
@@ -217,7 +218,8 @@ class Golden:
     Parameters
     ----------
     arrays, metadata : dict
-        From `marref.verify.golden.make`, or read from a file.
+        From `marref.verify.golden.make` or `marref.verify.golden_continuous.make`, or read from a
+        file.
 
     Raises
     ------
@@ -229,8 +231,10 @@ class Golden:
         config = metadata.get("config")
         if not isinstance(config, dict):
             raise ValueError("golden: the metadata hold no config")
+        self.is_continuous = metadata.get("model") == "continuous"
+        self.model: Any
         try:
-            self.model = MAR(**config)
+            self.model = ContinuousMAR(**config) if self.is_continuous else MAR(**config)
         except TypeError as error:
             raise ValueError(f"golden: config {config} ({error})") from error
         order = [name for name in metadata.get("order", ()) if name in arrays]
@@ -244,9 +248,8 @@ class Golden:
             }
         )
         trees.check_like("golden params", self.params, self.model.parameter_shapes)
-        inputs = ["tokens", "targets", "mask"]
-        if self.model.num_classes is not None:
-            inputs.append("labels")
+        of = golden_continuous if self.is_continuous else golden
+        inputs = of.inputs(self.model)
         for name in inputs:
             if f"input/{name}" not in arrays:
                 raise ValueError(f"golden: input/{name} is missing")
@@ -288,7 +291,8 @@ class Golden:
         self, names: Mapping[str, Any], params: Tree | None = None, **options: Any
     ) -> dict[Any, Callable[[], dict[str, Array]]]:
         """Return the stages of `golden.stages`, on the golden inputs, that the names ask for."""
-        stages = golden.stages(self.model, params or self.params, self.batch, **options)
+        of = golden_continuous.stages if self.is_continuous else golden.stages
+        stages = of(self.model, params or self.params, self.batch, **options)
         lines = "\n" + "\n".join(names)
 
         def asked(*prefixes: str) -> bool:
@@ -488,7 +492,10 @@ def budgets(golden_vectors: Golden, names: Mapping[str, Any], precision: str) ->
     rng = np.random.default_rng(0)
     for run in range(_NUM_RUNS):
         params = _shaken(golden_vectors.params, rng if run > 0 else None, precision)
-        with _positions_rounded(run, precision).applied():
+        rounded = (
+            golden_continuous.tables_rounded if golden_vectors.is_continuous else _positions_rounded
+        )
+        with rounded(run, precision).applied():
             _raise_to(errors, expected, _compute_in_precision(golden_vectors, asked, params))
     decoded = [name for name in expected if name.startswith(("decode/", "guidance/", "samplers/"))]
     for _ in range(_NUM_RUNS if decoded else 0):
@@ -633,11 +640,12 @@ def _shaken(
 ) -> Tree:
     """Move every parameter by so many units in its last place, up or down; not without an rng.
 
-    In bfloat16 and float16 all but the embedding table: where it nearly cancels the positions
-    that are added to it, a unit of it is no rounding any more, but another input.  Where products
-    round their inputs only, kernels move by a unit of these.
+    In bfloat16 and float16 all but the embedding table, or the tables of positions that are learnt:
+    where they nearly cancel what they are added to, a unit is no rounding any more, but another
+    input.  Where products round their inputs only, kernels move by a unit of these.
     """
-    still = ("embedding.table",) if precision in ("float16", "bfloat16") else ()
+    tables = ("embedding.table", "encoder_positions.table", "decoder_positions.table")
+    still = tables if precision in ("float16", "bfloat16") else ()
 
     def move(name: str, leaf: Array) -> Array:
         if rng is not None and name not in still:

@@ -268,6 +268,11 @@ def decoder_sections(model: MAR) -> dict[str, dict[str, dict[str, Any]]]:
     return {"decode": DECODINGS, "ties": TIES, **of_classes}
 
 
+def inputs(model: MAR) -> list[str]:
+    """Name the inputs, as `draw` returns them."""
+    return ["tokens", "targets", "mask", *(["labels"] if model.num_classes is not None else [])]
+
+
 def make(
     model: MAR, seed: int = 0, dtype: npt.DTypeLike = np.float64
 ) -> tuple[dict[str, Array], dict[str, Any]]:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 import numpy as np
 
 from marref import checks, interop
-from marref.interop import maps, naming
+from marref.interop import maps, mar, naming
 from marref.interop.maps import Entry, NameMap
 from marref.trees import Array
 from marref.verify import content, measure
@@ -64,7 +64,8 @@ def rename(
     names : str, optional
         ``"torch"``, ``"flax"``, ``"axon"`` (see `marref.interop`), a JSON file (see
         `marref.interop.maps`), or ``"auto"``: your arrays hold the golden parameters, and are told
-        by them.  By default the names are marref's.
+        by them.  Of continuous MAR ``"mar"``, the published names.  By default the names are
+        marref's.
 
     Returns
     -------
@@ -77,6 +78,8 @@ def rename(
     ValueError
         None of the names is known, a layout does not fit its array, or the map is malformed.
     """
+    if golden_vectors.is_continuous:
+        return _rename_continuous(golden_vectors, arrays, names)
     model, golden_arrays = golden_vectors.model, golden_vectors.arrays
     notes: list[str] = []
     name_map = _map_of_file(names)
@@ -101,6 +104,32 @@ def rename(
     if unknown:
         notes.append(f"ignored, since their names are not known: {checks.listed(unknown)}")
     return Renamed(whole, tuple(notes), name_map)
+
+
+def _rename_continuous(
+    golden_vectors: Golden, arrays: Mapping[str, Array], names: str | None
+) -> Renamed:
+    if names not in (None, "mar"):
+        raise ValueError(
+            f"names: received {names}, expected mar, the published names, or none: these are "
+            "golden vectors of continuous MAR"
+        )
+    model, notes = golden_vectors.model, list[str]()
+
+    def published(named: dict[str, Array]) -> tuple[dict[str, Array], list[str]]:
+        known = {name for name, _ in mar.published_names(model)}
+        return mar.to_leaves(named, model), [name for name in named if name not in known]
+
+    own = functools.partial(_by_own_names, model.parameter_shapes)
+    whole, sections, others = _sorted(arrays, golden_vectors.arrays)
+    translated, left = _sections_by(own if names is None else published, sections, notes)
+    _add(whole, translated)
+    unknown = [name for name in arrays if name in {*others, *left}]
+    if not whole and unknown:
+        raise ValueError(f"arrays: {_all_unknown(unknown, golden_vectors.arrays)}")
+    if unknown:
+        notes.append(f"ignored, since their names are not known: {checks.listed(unknown)}")
+    return Renamed(whole, tuple(notes))
 
 
 def to_parameters(

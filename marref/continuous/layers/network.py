@@ -89,14 +89,8 @@ def forward(params: Tree, x: Array, timesteps: Array, z: Array) -> tuple[Array, 
         e, then v.
     cache : dict
     """
-    cache: Tree = {"blocks": []}
-    hidden, cache["time_up"] = linear.forward(
-        params["time_up"], timestep.features(timesteps, z.dtype)
-    )
-    activation, cache["time_silu"] = silu.forward(hidden)
-    time, cache["time_down"] = linear.forward(params["time_down"], activation)
-    condition, cache["condition"] = linear.forward(params["condition"], z)
-    steering, cache["silu"] = silu.forward(time + condition)
+    steering, cache = steering_forward(params, timesteps, z)
+    cache["blocks"] = []
     h, cache["input"] = linear.forward(params["input"], x)
     for block in params["blocks"]:
         h, block_cache = block_forward(block, h, steering)
@@ -135,13 +129,40 @@ def backward(params: Tree, doutput: Array, cache: Tree) -> tuple[Array, Array, T
         dsteering = dsteering + dsteer_of_block
         last_first.append(of_block)
     dx, grads["input"] = linear.backward(params["input"], dh, cache["input"])
+    dz, of_steering = steering_backward(params, dsteering, cache)
+    grads |= {**of_steering, "blocks": last_first[::-1]}
+    return dx, dz, {name: grads[name] for name in params}
+
+
+def steering_forward(params: Tree, timesteps: Array, z: Array) -> tuple[Array, Tree]:
+    """Compute SiLU(time(t) + condition(z)): [rows, features]."""
+    cache: Tree = {}
+    hidden, cache["time_up"] = linear.forward(
+        params["time_up"], timestep.features(timesteps, z.dtype)
+    )
+    activation, cache["time_silu"] = silu.forward(hidden)
+    time, cache["time_down"] = linear.forward(params["time_down"], activation)
+    condition, cache["condition"] = linear.forward(params["condition"], z)
+    steering, cache["silu"] = silu.forward(time + condition)
+    return steering, cache
+
+
+def steering_backward(params: Tree, dsteering: Array, cache: Tree) -> tuple[Array, Tree]:
+    """Push ``dsteering`` back.
+
+    Returns
+    -------
+    dz : array [rows, condition_dim]
+    grads : dict
+        Of ``time_up``, ``time_down`` and ``condition``.
+    """
+    grads: Tree = {}
     dy = silu.backward(dsteering, cache["silu"])
     dz, grads["condition"] = linear.backward(params["condition"], dy, cache["condition"])
     dactivation, grads["time_down"] = linear.backward(params["time_down"], dy, cache["time_down"])
     dhidden = silu.backward(dactivation, cache["time_silu"])
     _, grads["time_up"] = linear.backward(params["time_up"], dhidden, cache["time_up"])
-    grads["blocks"] = last_first[::-1]
-    return dx, dz, {name: grads[name] for name in params}
+    return dz, grads
 
 
 def block_forward(params: Tree, h: Array, steering: Array) -> tuple[Array, Tree]:
