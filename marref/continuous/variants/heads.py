@@ -55,6 +55,8 @@ class Diffusion:
     ----------
     token_dim, features, num_blocks : int
         Of the network.
+    copies : int
+        How many times, and noises, each token is trained with in a step.
     schedule : {"cosine", "linear"}
     num_steps : int
         Diffusion steps of a sample.
@@ -66,6 +68,7 @@ class Diffusion:
     token_dim: int
     features: int = 64
     num_blocks: int = 3
+    copies: int = 4
     schedule: str = "linear"
     num_steps: int = 25
     temperature: float = 1.0
@@ -78,16 +81,18 @@ class Diffusion:
         )
 
     def draw(self, rng: np.random.Generator, num_rows: int) -> Tree:
-        """Draw a time and a noise for each row."""
+        """Draw a time and a noise for each copy of each row."""
+        count = self.copies * num_rows
         return {
-            "timesteps": rng.integers(diffusion.NUM_TIMESTEPS, size=num_rows),
-            "noise": rng.standard_normal((num_rows, self.token_dim)),
+            "timesteps": rng.integers(diffusion.NUM_TIMESTEPS, size=count),
+            "noise": rng.standard_normal((count, self.token_dim)),
         }
 
     def loss_and_grads(
         self, params: Tree, z: Array, x: Array, draws: Tree
     ) -> tuple[Any, Array, Tree]:
-        """Compute the mean over rows of both parts of the loss."""
+        """Compute the mean over copies of all rows of both parts of the loss."""
+        z, x = (np.tile(rows, (self.copies, 1)) for rows in (z, x))
         steps, time = diffusion.process(self.schedule), draws["timesteps"]
         noise = draws["noise"].astype(x.dtype)
         noisy = diffusion.add_noise(steps, x, time, noise)
@@ -95,6 +100,7 @@ class Diffusion:
         error, bound, of_loss = diffusion.loss_forward(steps, output, x, time, noise)
         doutput = diffusion.loss_backward(of_loss, np.full(len(x), 1.0 / len(x), x.real.dtype))
         _, dz, grads = network.backward(params, doutput, cache)
+        dz = dz.reshape(self.copies, -1, dz.shape[1]).sum(axis=0)
         return error.mean() + bound.mean(), dz, grads
 
     def sample(self, params: Tree, z: Array, rng: np.random.Generator) -> Array:
