@@ -1,9 +1,9 @@
 """Proofs that an implementation is right.
 
 `check_gradients` and `check_layer` hold gradients to numerical derivatives.  `golden.make` writes
-golden vectors, of a `checkpoint` of yours too, and `golden_continuous.make` those of continuous MAR;
-`compare`, `crosscheck` and `diagnose` hold another implementation to them, whose arrays `rename`
-takes under names and in layouts of its own.
+golden vectors, of a `checkpoint` of yours too, and `golden_continuous.make` those of continuous
+MAR; `compare`, `crosscheck` and `diagnose` hold another implementation to them, whose arrays
+`rename` takes under names and in layouts of its own.
 """
 
 from marref.verify import checkpoint, golden, golden_continuous
