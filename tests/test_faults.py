@@ -869,7 +869,8 @@ def test_a_fault_of_the_backward_fails_the_gradient_check(name):
 
 
 def test_the_page_of_classic_mistakes_is_that_of_the_catalogue(first_in_tiny):
-    assert MISTAKES.read_text("utf-8") == page(first_in_tiny), (
+    text = MISTAKES.read_text("utf-8").partition("## Continuous MAR")[0]
+    assert text == page(first_in_tiny) + "\n", (
         "docs/mistakes.md is not that of the catalogue: "
         "run python -m marref.verify.faults > docs/mistakes.md"
     )

@@ -721,7 +721,8 @@ def crosscheck(
     ----------
     forward : callable
         ``(params, tokens)``, with classes ``(params, tokens, labels)``, to the logits, or to a dict
-        of arrays by their golden names.
+        of arrays by their golden names.  Of continuous MAR ``(params, inputs)``, with a dict of all
+        inputs, to a dict of arrays.
     golden_vectors : Golden
     precision : str, optional
         See `compare`.  The parameters are handed over in this precision's dtype: float64 for
@@ -733,10 +734,9 @@ def crosscheck(
     """
     dtype = np.float64 if precision in (None, "float64") else np.float32
     params = trees.map_leaves(lambda leaf: leaf.astype(dtype), golden_vectors.params)
-    inputs = [
-        golden_vectors.batch[name] for name in ("tokens", "labels") if name in golden_vectors.batch
-    ]
-    result = forward(params, *(array.copy() for array in inputs))
+    batch = {name: array.copy() for name, array in golden_vectors.batch.items()}
+    inputs = [batch[name] for name in ("tokens", "labels") if name in batch]
+    result = forward(params, *([batch] if golden_vectors.is_continuous else inputs))
     named = result if isinstance(result, dict) else {"activations/logits": result}
     return compare(golden_vectors, {name: _array(x) for name, x in named.items()}, precision)
 

@@ -72,13 +72,13 @@ OPTIMISER_STEPS = (1, 3)
 
 SAMPLING: dict[str, dict[str, Any]] = {
     "class": {},
-    "no-class": {"labels": False},
-    "one-step": {"num_steps": 1, "num_diffusion_steps": 10},
-    "one-at-a-time": {"num_steps": 9, "num_diffusion_steps": 2},
     "cold": {"temperature": 0.5},
-    "unclipped": {"clip": None},
     "constant": {"guidance_scale": 2.5},
     "linear": {"guidance_scale": 3.0, "guidance": "linear"},
+    "no-class": {"labels": False},
+    "unclipped": {"clip": None},
+    "one-step": {"num_steps": 1, "num_diffusion_steps": 10},
+    "one-at-a-time": {"num_steps": 9, "num_diffusion_steps": 2},
 }
 """What differs from `SAMPLING_DEFAULTS`, by setting."""
 SAMPLING_DEFAULTS: dict[str, Any] = {

@@ -21,7 +21,7 @@ from marref import trees
 from marref.trees import Array
 from marref.verify import faults, golden, measure
 from marref.verify.comparison import Comparison, Golden, Row, budgets_by_array, row_of
-from marref.verify.faults import STAGES, Fault
+from marref.verify.faults import STAGES, Fault, continuous
 from marref.verify.rounding import EPSILON
 
 _T = TypeVar("_T")
@@ -46,25 +46,35 @@ _SETS = {1: "single mistakes", 2: "pairs", 3: "sets of three"}
 _AFTER_LOSS = ("gradients/", *(f"{name}/" for name in golden.OPTIMISERS))
 _SECTIONS = {
     "loss": ("loss", *_AFTER_LOSS),
+    "diffusion loss": ("loss", *_AFTER_LOSS),
     "gradients": _AFTER_LOSS,
     "optimiser": _AFTER_LOSS[1:],
-    "decoding": ("schedule/", "decode/", "ties/", "guidance/", "samplers/"),
+    "weight decay": _AFTER_LOSS[1:],
+    "decoding": ("schedule/", "decode/", "ties/", "guidance/", "samplers/", "sampling/"),
     "guidance": ("guidance/",),
     "samplers": ("samplers/",),
+    "sampling": ("sampling/",),
     "masking": (),
 }
 """The sections that the faults of a stage can change; those of other stages can change any."""
 
 _STAGES = {
-    "loss": ("loss",),
+    "loss": ("loss", "diffusion loss"),
     **dict.fromkeys(("schedule", "decode", "ties"), ("decoding",)),
     "guidance": ("decoding", "guidance"),
     "samplers": ("decoding", "samplers"),
+    "masking": ("masks",),
+    "noise_schedule": ("noise schedule",),
 }
 """Where a section's faults are; of other sections, anywhere."""
-LATE = (*golden.OPTIMISERS, "schedule", "decode", "ties", "guidance", "samplers")
+LATE = (*golden.OPTIMISERS, "schedule", "decode", "ties", "guidance", "samplers", "sampling")
 """Sections whose steps or integers differ by much where what comes before differs by little."""
-_STAGE_OF = {fault: stage for stage, of_stage in STAGES.items() for fault in of_stage}
+_STAGE_OF = {
+    fault: stage
+    for stages in (STAGES, continuous.STAGES)
+    for stage, of_stage in stages.items()
+    for fault in of_stage
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +186,10 @@ class Search:
         self.first = comparison.differing[0].name
         self.stages = golden_vectors.stages(arrays)
         is_fine = any(comparison.precision_of(name) == "float64" for name in self.arrays)
-        self.one_sequence = _of_one_sequence(golden_vectors, np.float64 if is_fine else np.float32)
+        self.one_sequence: Stages | None = None
+        if not golden_vectors.is_continuous:
+            dtype = np.float64 if is_fine else np.float32
+            self.one_sequence = _of_one_sequence(golden_vectors, dtype)
         self.pristine: dict[Any, dict[str, Array]] = {}
         self.tried: dict[frozenset[Fault], _Result] = {}
         self.judged: dict[frozenset[Fault], _Judged] = {}
@@ -301,8 +314,9 @@ class Search:
 
         Of the many sets of several, what one sequence shows in the forward pass rules out most.
         """
-        if len(together) > 1 and self.first.startswith("activations/"):
-            result = self._compared(together, self.one_sequence, slice(1, 2))
+        of_activations = self.one_sequence if self.first.startswith("activations/") else None
+        if len(together) > 1 and of_activations is not None:
+            result = self._compared(together, of_activations, slice(1, 2))
             if result.ratio > _NEAR:
                 return result
         return self._compared(together, self.golden_vectors.stages(self.arrays), ...)
@@ -354,7 +368,7 @@ class Search:
                 rate = golden.OPTIMISERS[section]["learning_rate"]
                 whole_steps = 2.0 * rate * int(name.split("/")[1])
                 budgets[name] = max(budgets[name], whole_steps / _NEAR)
-            elif section in ("decode", "guidance", "samplers"):
+            elif section in ("decode", "guidance", "samplers", "sampling"):
                 budgets[name] = math.inf
         return budgets
 

@@ -20,11 +20,14 @@ True
 True
 """
 
-from marref.model import MAR
+from typing import Any
+
+from marref.continuous.model import ContinuousMAR
 from marref.verify.faults import (
     attention,
     block,
     classes,
+    continuous,
     decoding,
     embedding,
     feed_forward,
@@ -63,7 +66,18 @@ CATALOGUE: dict[str, Fault] = {fault.name: fault for faults in STAGES.values() f
 """Every fault by its name, in the order of the pipeline."""
 
 
-def of_model(model: MAR) -> list[Fault]:
-    """List the faults that a model can have, in the order of the pipeline."""
+def of_model(model: Any) -> list[Fault]:
+    """List the faults that a model, of either kind, can have, in the order of the pipeline."""
+    if isinstance(model, ContinuousMAR):
+        return [*continuous.CATALOGUE.values(), *_shared()]
     has_classes = model.num_classes is not None
     return [fault for fault in CATALOGUE.values() if has_classes or fault not in OF_CLASSES]
+
+
+def _shared() -> list[Fault]:
+    """List the faults of discrete MAR that lie in functions of both models alone."""
+    return [
+        fault
+        for fault in CATALOGUE.values()
+        if {patch.seam.function for patch in fault.patches} <= continuous.SHARED
+    ]

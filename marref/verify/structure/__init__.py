@@ -69,6 +69,10 @@ def hints(
     """
     if comparison.first is None:
         return ()
+    if golden_vectors.is_continuous:
+        case = _case(golden_vectors, arrays, comparison, comparison.differing[0])
+        found = _found_anywhere(case)
+        return tuple(finding.sentence(f"your {case.name}") for finding in found[:MOST])
     row = _begins(golden_vectors, comparison)
     case = _case(golden_vectors, arrays, comparison, row)
     setting = "/".join(row.name.split("/")[:2])
@@ -116,7 +120,7 @@ def _with_others(case: Case) -> Case:
             for name, array in case.vectors.arrays.items()
             if name.split("/")[0] == section and name != case.name and array.shape == shape
         }
-        if section == "activations" and len(shape) == 3:
+        if section == "activations" and len(shape) == 3 and not case.vectors.is_continuous:
             for name, leaf in case.parameters.items():
                 if leaf.shape == shape[-1:]:
                     addends[name] = np.broadcast_to(leaf, shape)
@@ -156,6 +160,19 @@ def _found(case: Case, faulty: bool) -> list[Finding]:
     if where is None or where.residual is None:
         where = by_axes(case) or where
     return [*_some(rows), *_some(where), *_some(places.jump(case))]
+
+
+def _found_anywhere(case: Case) -> list[Finding]:
+    """Say what can be said of an array whatever it stands for."""
+    if not math.isfinite(case.budget) or case.golden.dtype.kind != "f" or case.golden.size < 2:
+        return []
+    what = places.not_finite(case) or first((*SIMPLE, *RELATIONS), case)
+    if what is not None:
+        return [what]
+    where = places.parts(case)
+    if where is None or where.residual is None:
+        where = by_axes(case) or where
+    return [*_some(where), *_some(places.jump(case))]
 
 
 def _hints(section: str) -> tuple[Hint, ...]:

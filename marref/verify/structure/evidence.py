@@ -202,10 +202,39 @@ def number(value: float) -> str:
 
 def constants(case: Case) -> Iterator[tuple[str, float]]:
     """List the numbers that a factor may be, simplest first, each with its inverse."""
+    known = _of_continuous if case.vectors.is_continuous else _of_discrete
+    yield "-1", -1.0
+    for name, value in known(case).items():
+        if value > 0.0 and value != 1.0:
+            yield name, value
+            yield f"1/({name.split(',')[0]})", 1.0 / value
+
+
+def _of_continuous(case: Case) -> dict[str, float]:
+    model, num_masked = case.vectors.model, int(case.vectors.batch["num_masked"])
+    return {
+        "2": 2.0,
+        "1000": 1000.0,
+        "log 2": math.log(2.0),
+        "the masked share of the tokens": num_masked / model.length,
+        "the batch": float(len(case.vectors.batch["images"])),
+        "the length": float(model.length),
+        "token_dim": float(model.token_dim),
+        "diffusion_batch_mul": float(model.diffusion_batch_mul),
+        "buffer_size": float(model.buffer_size),
+        "the number of heads": float(model.num_heads),
+        "sqrt(encoder_dim)": math.sqrt(model.encoder_dim),
+        "sqrt(decoder_dim)": math.sqrt(model.decoder_dim),
+        "sqrt(2)": math.sqrt(2.0),
+        "1/(1 - p) of dropout with p = 0.1": 1.0 / 0.9,
+    }
+
+
+def _of_discrete(case: Case) -> dict[str, float]:
     model, mask = case.vectors.model, case.vectors.batch["mask"]
     batch, length = mask.shape
     head_dim = model.embed_dim // model.num_heads
-    named = {
+    return {
         "2": 2.0,
         "|M|, the number of masked positions": float(mask.sum()),
         "the batch": float(batch),
@@ -228,11 +257,6 @@ def constants(case: Case) -> Iterator[tuple[str, float]]:
         "sqrt(n/(n - 1)) for n = embed_dim": math.sqrt(model.embed_dim / (model.embed_dim - 1.0)),
         "1/(1 - p) of dropout with p = 0.1": 1.0 / 0.9,
     }
-    yield "-1", -1.0
-    for name, value in named.items():
-        if value > 0.0 and value != 1.0:
-            yield name, value
-            yield f"1/({name.split(',')[0]})", 1.0 / value
 
 
 def named(case: Case, value: float, uncertainty: float) -> str:

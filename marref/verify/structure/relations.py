@@ -261,6 +261,8 @@ OF_A_PART: tuple[Hint, ...] = (zero, factor, offset, another, addend)
 def axes(case: Case) -> tuple[str, ...]:
     """Name the axes of an array."""
     name, count = case.name, case.golden.ndim
+    if case.vectors.is_continuous:
+        return _axes_of_continuous(name, count)
     if name.startswith(("activations/", "activation_gradients/")):
         if count == 4:
             last = ("query", "key") if name.endswith("weights") else ("position", "feature")
@@ -272,3 +274,20 @@ def axes(case: Case) -> tuple[str, ...]:
     if name.endswith("table"):
         return ("class" if "class_embedding" in name else "id", "feature")
     return ("input", feature)[2 - count :]
+
+
+def _axes_of_continuous(name: str, count: int) -> tuple[str, ...]:
+    section = name.split("/")[0]
+    if name.endswith("/images"):
+        return ("image", "channel", "row", "column")
+    if section == "sampling":
+        of_row = ("row",) if name.endswith("chain") else ("image", "token")
+        return ("step", *of_row, "feature")[:count] if "/steps/" in name else (*of_row, "feature")
+    if section in ("activations", "activation_gradients"):
+        if count == 4:
+            last = ("query", "key") if name.endswith("weights") else ("place", "feature")
+            return ("image", "head", *last)
+        return ("row", "feature") if count == 2 else ("image", "place", "feature")
+    if section in ("loss", "noise_schedule", "masking"):
+        return ("row" if section == "loss" else "entry", "token")[:count]
+    return ("row" if name.endswith("table") else "input", "feature")[2 - count :]
