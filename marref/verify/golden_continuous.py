@@ -23,7 +23,9 @@
 
 Parameters are drawn so that nothing hides: no layer is 0, a mask vector and a class vector nearly
 cancel a position, and the diffusion network's input is small, so that the epsilon of every kind of
-norm shows.  Parameters, images and noise are bfloat16 numbers: every precision has them exactly.
+norm shows.  At t = 0 the noise is near e: else the bin of 8 bits, whose probability the bound has,
+would lie in a tail, for which float32 has no digits.  Parameters, images and noise are bfloat16
+numbers: every precision has them exactly.
 """
 
 import dataclasses
@@ -36,7 +38,7 @@ import numpy.typing as npt
 
 import marref
 from marref import checks, optim, trees
-from marref.continuous import diffusion, sampling
+from marref.continuous import diffusion, loss, sampling
 from marref.continuous.layers import timestep
 from marref.continuous.loss import masked_by
 from marref.continuous.model import ContinuousMAR, num_masked
@@ -156,10 +158,20 @@ def draw(model: ContinuousMAR, seed: int) -> tuple[Tree, dict[str, Array]]:
     for name in ("diffusion.input.kernel", "diffusion.input.bias", "diffusion.output.kernel"):
         leaves[name] *= 0.1 if "input" in name else 0.25
     params = trees.unflatten({name: round_to(leaf, "bfloat16") for name, leaf in leaves.items()})
+    batch["images"] = round_to(batch["images"], "bfloat16")
+    _come_near(model, params, batch)
     return params, {
         name: round_to(array, "bfloat16") if array.dtype.kind == "f" else array
         for name, array in batch.items()
     }
+
+
+def _come_near(model: ContinuousMAR, params: Tree, batch: dict[str, Array]) -> None:
+    """Let noise be near e at t = 0; see the head of this module."""
+    draws = {**batch, "num_masked": int(batch["num_masked"])}
+    output, rows, _ = loss.forward(model, params, batch["images"], batch.get("labels"), draws)
+    last = rows.time == 0
+    batch["noise"][rows.place[last]] = output[last, : model.token_dim] + 0.5 * rows.noise[last]
 
 
 def _leaf(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
