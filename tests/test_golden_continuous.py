@@ -278,7 +278,7 @@ def stepped(state, loss, name):
         weight_decay=0.0,
     )
     arrays = {}
-    for step in range(1, 4):
+    for step in golden_continuous.OPTIMISER_STEPS:
         optimiser.zero_grad()
         loss().backward()
         for leaf_name, leaf in state.items():
@@ -288,9 +288,8 @@ def stepped(state, loss, name):
         if "max_norm" in options:
             torch.nn.utils.clip_grad_norm_(state.values(), options["max_norm"])
         optimiser.step()
-        if step in golden_continuous.OPTIMISER_STEPS:
-            for leaf_name, leaf in state.items():
-                arrays[f"{name}/{step}/{leaf_name}"] = leaf.detach().numpy().copy()
+        for leaf_name, leaf in state.items():
+            arrays[f"{name}/{step}/{leaf_name}"] = leaf.detach().numpy().copy()
     return arrays
 
 
