@@ -195,7 +195,7 @@ def named(found):
         ("masked-count-rounded-down", ("masking/",)),
         ("gelu-tanh", ("activations/z", "loss")),
         ("bound-in-nats", ("loss",)),
-        ("sampling-deviation-not-halved", ("sampling/class/",)),
+        ("sampling-deviation-not-halved", ("activations/z", "sampling/class/")),
     ],
 )
 def test_diagnosis_names_the_fault(name, given, vectors):

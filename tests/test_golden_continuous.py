@@ -14,7 +14,7 @@ from marref.continuous.loss import masked_by
 from marref.continuous.training import decayed
 from marref.fast.optim import run_step
 from marref.interop import mar
-from marref.verify import compare, golden_continuous, names, rounding, trace_continuous
+from marref.verify import compare, crosscheck, golden_continuous, names, rounding, trace_continuous
 from marref.verify.comparison import Golden
 
 TINY = golden_continuous.TINY
@@ -224,11 +224,24 @@ def port(vectors, dtype, twin=None, settings=(), optimiser=None):
     }
     arrays["loss"] = value.detach().numpy()
     arrays |= {f"gradients/{name}": leaf.grad.numpy().copy() for name, leaf in state.items()}
+    for schedule in diffusion.SCHEDULES:
+        arrays |= tables(schedule, 1000) | tables(schedule, 5)
     for name in settings:
         arrays |= sampled(vectors, mine, batch, name)
     if optimiser:
         arrays |= stepped(state, loss, optimiser)
     return arrays
+
+
+def tables(schedule, num_steps):
+    from .torch_continuous import Steps
+
+    found = Steps(schedule, None if num_steps == 1000 else diffusion.respace(num_steps)).tables
+    names_of = {"log_variance_low": "low", "log_variance_high": "high"}
+    return {
+        f"noise_schedule/{schedule}/{num_steps}/{ours}": found[theirs].numpy()
+        for ours, theirs in names_of.items()
+    }
 
 
 def sampled(vectors, mine, batch, name):
@@ -265,7 +278,7 @@ def stepped(state, loss, name):
         weight_decay=0.0,
     )
     arrays = {}
-    for step in range(1, 4):
+    for step in golden_continuous.OPTIMISER_STEPS:
         optimiser.zero_grad()
         loss().backward()
         for leaf_name, leaf in state.items():
@@ -275,9 +288,8 @@ def stepped(state, loss, name):
         if "max_norm" in options:
             torch.nn.utils.clip_grad_norm_(state.values(), options["max_norm"])
         optimiser.step()
-        if step in golden_continuous.OPTIMISER_STEPS:
-            for leaf_name, leaf in state.items():
-                arrays[f"{name}/{step}/{leaf_name}"] = leaf.detach().numpy().copy()
+        for leaf_name, leaf in state.items():
+            arrays[f"{name}/{step}/{leaf_name}"] = leaf.detach().numpy().copy()
     return arrays
 
 
@@ -294,8 +306,37 @@ def test_a_right_port_is_accused_of_nothing(vectors, dtype, settings, optimiser)
     renamed = names.rename(vectors, arrays, "mar")
     assert renamed.notes == ()
     num_trees = 3 if optimiser else 1
-    assert len(renamed.arrays) == num_trees * len(TINY.parameter_shapes) + len(settings) + 15
+    assert len(renamed.arrays) == num_trees * len(TINY.parameter_shapes) + len(settings) + 23
     comparison = compare(vectors, renamed.arrays)
     assert comparison.differing == []
     assert comparison.precision == dtype
     assert not any(row.verdict == "undecided" for row in comparison.rows)
+
+
+def test_names_that_are_not_known_are_said(vectors):
+    z = vectors.arrays["activations/z"]
+    renamed = names.rename(vectors, {"activations/z": z, "gradients/nets.0.weight": z})
+    assert list(renamed.arrays) == ["activations/z"]
+    assert renamed.notes == ("ignored, since their names are not known: gradients/nets.0.weight",)
+    with pytest.raises(ValueError, match="names: received torch, expected mar"):
+        names.rename(vectors, {"activations/z": z}, "torch")
+    with pytest.raises(ValueError, match="activations/zz"):
+        names.rename(vectors, {"activations/zz": z})
+
+
+def test_a_function_is_called_with_parameters_and_all_inputs(vectors):
+    def forward(params, inputs):
+        masked = masked_by(inputs["orders"], int(inputs["num_masked"]))
+        labels = np.where(inputs["label_dropped"], 3, inputs["labels"])
+        clean = tokens.from_images(inputs["images"], 2)
+        return {"activations/z": TINY.forward(params, clean, labels, masked)[0]}
+
+    assert crosscheck(forward, vectors).agrees
+
+
+def test_golden_vectors_that_lack_an_input_or_have_a_bad_config_are_refused(tiny):
+    arrays, metadata = tiny
+    with pytest.raises(ValueError, match="input/noise is missing"):
+        Golden({n: a for n, a in arrays.items() if n != "input/noise"}, metadata)
+    with pytest.raises(ValueError, match="golden: config"):
+        Golden(arrays, {**metadata, "config": {"colour": 1}})
