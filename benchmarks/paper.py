@@ -38,9 +38,9 @@ from marref.fast import memory, parallel
 from marref.fast.optim import run_step
 from marref.trees import Array, Tree
 
-STEPS, BATCH, PEAK, NUM_CODES, GENERATED = 1000, 32, 2e-3, 256, 400
+STEPS, BATCH, PEAK, NUM_CODES, GENERATED = 600, 32, 2e-3, 256, 400
 SIZES = continuous.CONFIGURATIONS["digits"]
-DIFFUSION = Diffusion(4, num_steps=25)
+DIFFUSION = Diffusion(4, copies=1, num_steps=25)
 MASKED, CAUSAL = continuous.build(**SIZES), CausalMAR(**SIZES)
 
 
