@@ -164,7 +164,29 @@ def _judged(program: Program, subset: str, mistakes: Names, given: Mapping[Names
     except Exception as error:
         return Case(subset, mistakes, shown, "error", repr(error), time.perf_counter() - start)
     answer = score(diagnosis, acceptable) if mistakes else score_right(diagnosis)
+    if answer == "wrong" and mistakes:
+        answer = _computed(program, subset, diagnosis, arrays, comparison)
     return Case(subset, mistakes, shown, answer, told(diagnosis), time.perf_counter() - start)
+
+
+def _computed(
+    program: Program, subset: str, diagnosis: Diagnosis, arrays: Arrays, comparison: Comparison
+) -> str:
+    """Judge other mistakes than those that were made: "wrong", unless they compute the same arrays.
+
+    What is said to reach up to some array must compute the arrays before it, and is "half" then.
+    """
+    found, until = [*diagnosis.explanations, diagnosis.partial][0], None
+    assert found is not None
+    if found is diagnosis.partial and diagnosis.partial.left.first:
+        until = diagnosis.partial.left.first.name
+    for names in alternatives(found):
+        if names <= set(program.catalogue()) and program.compatible(names):
+            with np.errstate(all="ignore"):
+                computed = chosen(program.run(names), subset)
+            if same(computed, arrays, comparison, until):
+                return "half" if until else "right"
+    return "wrong"
 
 
 def subsets_of(mistakes: Names) -> list[Names]:
@@ -178,9 +200,11 @@ def chosen(arrays: Arrays, subset: str) -> Arrays:
     return {name: array for name, array in arrays.items() if name.startswith(SUBSETS[subset])}
 
 
-def same(one: Arrays, other: Arrays, comparison: Comparison) -> bool:
-    """Whether arrays are the same within the budgets of a comparison."""
+def same(one: Arrays, other: Arrays, comparison: Comparison, until: str | None = None) -> bool:
+    """Whether arrays, all or those before one, are the same within the budgets of a comparison."""
     for row in comparison.rows:
+        if row.name == until:
+            break
         if one[row.name].shape != other[row.name].shape:
             return False
         a, b = (arrays[row.name].astype(np.float64) for arrays in (one, other))

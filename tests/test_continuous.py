@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from marref import continuous, optim, trees
-from marref.continuous import diffusion, tokens
+from marref.continuous import diffusion, sampling, tokens
 from marref.continuous.layers import network
 from marref.continuous.loss import masked_by
 from marref.interop import mar
@@ -182,27 +182,24 @@ def test_sampling_is_that_of_the_published_code(params):
     z, _ = MODEL.forward(params, tokens.from_images(IMAGES, 2), LABELS, MASK)
     rows = z.reshape(8, 4)
     start = np.cos(np.arange(32)).reshape(8, 4)
-    chain = _chain(params, start)
-    everywhere = np.ones((8, 1), bool)
-    plain = chain.run(everywhere, [rows], 1.0)
+    plain = _chain(params, start, [rows], 1.0)
     close(
         plain[0], [14607.550135445106, 23063.144370485836, -5900.829558046882, -22674.815482816044]
     )
-    chain = _chain(params, start[:4])
-    guided = chain.run(everywhere[:4], [rows[:4], rows[4:]], 2.5)
+    guided = _chain(params, start[:4], [rows[:4], rows[4:]], 2.5)
     close(
         guided[0], [14607.68565208461, 23063.117614290168, -5900.930096653166, -22674.65729378309]
     )
 
 
-def _chain(params, start):
+def _chain(params, start, conditions, scale):
     draws = {
         "start_noise": start[:, np.newaxis],
         "step_noise": np.zeros((5, len(start), 1, 4)),
     }
-    return continuous.sampling.Chain(
-        params["diffusion"], diffusion.process("cosine", 5), draws, 0.0, None
-    )
+    plan = sampling.Plan(draws, [], 1, 0.0, 1.0, "constant", None)
+    sampler = sampling.Sampler(MODEL, params, diffusion.process("cosine", 5))
+    return sampler.chain(plan, np.ones((len(start), 1), bool), conditions, scale)
 
 
 def test_the_schedule_has_the_numbers_of_the_published_code():
@@ -442,14 +439,10 @@ def test_pytorch_agrees_on_loss_gradients_and_a_chain(schedule):
     steps, x = Steps(schedule, kept), torch.tensor(draws["noise"][:5])
     z = torch.tensor(rng.normal(size=(5, model.decoder_dim)))
     step_noise = rng.normal(size=(20, 5, 1, model.token_dim))
-    chain = continuous.sampling.Chain(
-        params["diffusion"],
-        diffusion.process(schedule, 20),
-        {"start_noise": x.numpy()[:, np.newaxis], "step_noise": step_noise},
-        0.9,
-        3.0,
-    )
-    ours = chain.run(np.ones((5, 1), bool), [z.numpy()], 1.0)
+    start = {"start_noise": x.numpy()[:, np.newaxis], "step_noise": step_noise}
+    plan = sampling.Plan(start, [], 1, 0.9, 1.0, "constant", 3.0)
+    sampler = sampling.Sampler(model, params, diffusion.process(schedule, 20))
+    ours = sampler.chain(plan, np.ones((5, 1), bool), [z.numpy()], 1.0)
     with torch.no_grad():
         for index in range(19, -1, -1):
             t = torch.full((5,), index)

@@ -91,25 +91,6 @@ def test_a_step_is_made_of_the_definitions():
             np.testing.assert_allclose(leaf, expected[name], rtol=1e-10, atol=1e-12, err_msg=name)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_the_parts_of_a_batch_are_the_batch(dropout):
-    model = continuous.build(**{**dataclasses.asdict(MODEL), "dropout": dropout})
-    rng = np.random.default_rng(2)
-    params = trees.map_leaves(lambda leaf: rng.normal(0, 0.5, leaf.shape), model.init(rng))
-    draws, batch = model.draw(rng, 8), (IMAGES[:8], LABELS[:8])
-    assert draws["num_masked"] == 3
-    _, expected, parts = continuous.loss_and_grads(model, params, *batch, draws, return_parts=True)
-    config = dataclasses.replace(CONFIG, num_parts=3)
-    grads, squared_error, bound = training._grads(config, model, params, *batch, draws)
-    assert squared_error == pytest.approx(parts["squared_error"], rel=1e-12)
-    assert bound == pytest.approx(parts["bound"], rel=1e-12)
-    expected = trees.flatten(expected)
-    for name, grad in trees.flatten(grads).items():
-        largest = abs(expected[name]).max()
-        assert name.endswith("key.bias") or largest > 0
-        np.testing.assert_allclose(grad, expected[name], rtol=0, atol=1e-12 * max(1, largest))
-
-
 def test_how_many_cores_there_are_does_not_matter(monkeypatch):
     found = []
     for cores in (1, 2):

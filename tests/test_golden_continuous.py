@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from marref import cli, continuous, files, trees
-from marref.continuous import diffusion, tokens
+from marref.continuous import diffusion, sampling, tokens
 from marref.continuous.loss import masked_by
 from marref.continuous.training import decayed
 from marref.fast.optim import run_step
@@ -67,7 +67,7 @@ def test_golden_vectors_are_what_the_public_functions_compute(vectors):
         "start_noise": batch["start_noise"],
         "step_noise": batch["step_noise"][:5],
     }
-    images = continuous.sample(
+    images = sampling.sample(
         TINY,
         params,
         batch["labels"][:2],

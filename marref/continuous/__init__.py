@@ -14,10 +14,11 @@ Page: docs/continuous.md.
 """
 
 from marref.continuous.checkpoint import Checkpoint, load, save
+from marref.continuous.fast.sampling import sample
 from marref.continuous.hyperparameters import CONFIGURATIONS
 from marref.continuous.loss import loss_and_grads
 from marref.continuous.model import ContinuousMAR
-from marref.continuous.sampling import draw, sample
+from marref.continuous.sampling import draw
 from marref.continuous.training import Config, StepRecord, train
 
 build = ContinuousMAR

@@ -2,7 +2,7 @@
 
 import dataclasses
 import warnings
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +54,8 @@ class Hyperparameters:
     -----
     The defaults are for the 8x8 digits on a CPU; `CONFIGURATIONS` has the paper's.
     """
+
+    gelu: ClassVar[str] = "erf"
 
     image_size: int = 8
     channels: int = 1

@@ -41,7 +41,7 @@ from marref.layers import layer_norm, linear
 from marref.trees import Array, Tree
 
 _STD = 0.02
-_TOKEN_NORM_EPSILON = 1e-6
+TOKEN_NORM_EPSILON = 1e-6
 
 
 class ContinuousMAR(Hyperparameters):
@@ -226,7 +226,7 @@ class ContinuousMAR(Hyperparameters):
     ) -> tuple[Array, Tree]:
         """Encode the buffer and what is visible: [batch, kept, encoder_dim]."""
         h, cache = self.embed(params, tokens, labels, kept)
-        h, cache["token_norm"] = layer_norm.forward(params["token_norm"], h, _TOKEN_NORM_EPSILON)
+        h, cache["token_norm"] = layer_norm.forward(params["token_norm"], h, TOKEN_NORM_EPSILON)
         h, cache["encoder_blocks"] = self._blocks(params["encoder_blocks"], h, keep, "encoder")
         h, cache["encoder_norm"] = layer_norm.forward(
             params["encoder_norm"], h, self.layer_norm_epsilon

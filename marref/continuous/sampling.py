@@ -12,7 +12,7 @@ and its variance is that of the class.  s is the same in every step, or with lin
 (arXiv 2406.11838, published code).  Page: docs/continuous.md.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +40,7 @@ def sample(
     guidance_scale: float = 1.0,
     guidance: str = "constant",
     clip: float | None = 3.0,
+    sampler: "type[Sampler] | None" = None,
 ) -> Array:
     """Generate images.
 
@@ -66,6 +67,8 @@ def sample(
     clip : float or None
         Bounds the estimate of the clean token.  ``None`` is the published sampler, in which small
         models explode; see `marref.continuous.diffusion.step_back`.
+    sampler : type, optional
+        What computes: by default `Sampler`, the definition.
 
     Returns
     -------
@@ -77,7 +80,7 @@ def sample(
         An argument does not fit the model or is outside its range.
     """
     check_model(model)
-    dtype = trees.check_like("params", params, model.parameter_shapes)
+    trees.check_like("params", params, model.parameter_shapes)
     checks.integer("num_steps", num_steps, 1)
     checks.real("temperature", temperature, "[0, inf)")
     checks.real("guidance_scale", guidance_scale, "[0, inf)")
@@ -91,19 +94,11 @@ def sample(
         count = len(np.asarray(labels)) if labels is not None else 1
         draws = draw(model, rng, batch_size or count, num_diffusion_steps)
     batch = len(draws["orders"])
-    chain = Chain(params["diffusion"], steps, draws, temperature, clip)
     classes = [model.check_labels(labels, batch)]
     if guidance_scale != 1.0:
         classes.append(model.check_labels(None, batch))
-    found = np.zeros((batch, model.length, model.token_dim), dtype)
-    counts = schedules.cosine(model.length, num_steps)
-    scales = scales_of(counts, guidance_scale, guidance)
-    left = model.length
-    for count, scale in zip(counts.tolist(), scales.tolist(), strict=True):
-        before, left = masked_by(draws["orders"], left), left - count
-        conditions = [model.forward(params, found, of, before)[0] for of in classes]
-        now = before & ~masked_by(draws["orders"], left)
-        found[now] = chain.run(now, [z[now] for z in conditions], scale)
+    plan = Plan(draws, classes, num_steps, temperature, guidance_scale, guidance, clip)
+    found = (sampler or Sampler)(model, params, steps).run(plan)
     return tokens.to_images(found, model.patch_size, model.channels, model.image_size)
 
 
@@ -154,43 +149,64 @@ def guide(output: Array, no_class: Array, scale: float) -> Array:
     return np.concatenate([of_none + scale * (e - of_none), v], axis=1)
 
 
-class Chain:
-    """The diffusion steps that make a token from noise."""
+class Plan(NamedTuple):
+    """What is random, what is asked for, and how; see `sample`.
 
-    def __init__(
-        self,
-        params: Tree,
-        steps: diffusion.Process,
-        draws: Tree,
-        temperature: float,
-        clip: float | None,
-    ) -> None:
+    ``classes`` are those that are asked for, [batch], and behind them no class if that guides.
+    """
+
+    draws: Tree
+    classes: list[Array]
+    num_steps: int
+    temperature: float
+    guidance_scale: float
+    guidance: str
+    clip: float | None
+
+
+class Sampler:
+    """The definition of sampling, after its arguments have been checked."""
+
+    def __init__(self, model: ContinuousMAR, params: Tree, steps: diffusion.Process) -> None:
+        self.model = model
         self.params = params
         self.steps = steps
-        self.draws = draws
-        self.options: dict[str, Any] = {"temperature": temperature, "clip": clip}
+        self.dtype = params["mask_vector"].dtype
 
-    def run(self, now: Array, conditions: list[Array], scale: float) -> Array:
-        """Generate the tokens of some places.
+    def run(self, plan: Plan) -> Array:
+        """Generate tokens [batch, length, token_dim], a few of each sequence at a time."""
+        orders, length = plan.draws["orders"], self.model.length
+        found = np.zeros((*orders.shape, self.model.token_dim), self.dtype)
+        counts = schedules.cosine(length, plan.num_steps)
+        scales = scales_of(counts, plan.guidance_scale, plan.guidance)
+        left = length
+        for count, scale in zip(counts.tolist(), scales.tolist(), strict=True):
+            before, left = masked_by(orders, left), left - count
+            now = before & ~masked_by(orders, left)
+            conditions = self.conditions(found, plan.classes, before, now)
+            found[now] = self.chain(plan, now, conditions, scale)
+        return found
 
-        Parameters
-        ----------
-        now : bool array [batch, length]
-        conditions : list of arrays [rows, decoder_dim]
-            Of the class and, if it guides, of no class.
-        scale : float
+    def conditions(self, found: Array, classes: list[Array], masked: Array, now: Array) -> Any:
+        """Compute z of the tokens ``now``, [rows, decoder_dim], for each of the classes."""
+        return [self.model.forward(self.params, found, of, masked)[0][now] for of in classes]
 
-        Returns
-        -------
-        array [rows, token_dim]
-        """
-        dtype = conditions[0].dtype
-        x: Array = self.draws["start_noise"][now].astype(dtype)
+    def outputs(self, x: Array, index: int, conditions: Any) -> list[Array]:
+        """Compute [e, v] of noisy tokens [rows, token_dim] at a step, for each of the classes."""
+        time = np.full(len(x), self.steps.timestep[index])
+        return [network.forward(self.params["diffusion"], x, time, z)[0] for z in conditions]
+
+    def chain(self, plan: Plan, now: Array, conditions: Any, scale: float) -> Array:
+        """Make tokens [rows, token_dim] of noise, a diffusion step at a time."""
+        start: Array = plan.draws["start_noise"][now]
+        x = start.astype(self.dtype)
         last = len(self.steps.beta) - 1
         for index in range(last, -1, -1):
-            time = np.full(len(x), self.steps.timestep[index])
-            outputs = [network.forward(self.params, x, time, z)[0] for z in conditions]
-            output = outputs[0] if len(outputs) == 1 else guide(outputs[0], outputs[1], scale)
-            noise = self.draws["step_noise"][last - index][now].astype(dtype)
-            x = diffusion.step_back(self.steps, output, x, index, noise, **self.options)
+            output, *no_class = self.outputs(x, index, conditions)
+            if no_class:
+                output = guide(output, no_class[0], scale)
+            noise = plan.draws["step_noise"][last - index][now].astype(x.dtype)
+            x = diffusion.step_back(
+                self.steps, output, x, index, noise, plan.temperature, plan.clip
+            )
         return x

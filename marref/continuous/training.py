@@ -14,16 +14,15 @@ docs/continuous.md.
 
 import dataclasses
 import time
-import warnings
 from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
 from marref import chance, checks, masking, optim, trees
-from marref.continuous.loss import loss_and_grads
+from marref.continuous.fast.training import loss_and_grads
 from marref.continuous.model import ContinuousMAR, check_model
-from marref.fast import memory, parallel
+from marref.fast import memory
 from marref.fast.optim import run_step
 from marref.training import loop
 from marref.training.config import DTYPES
@@ -256,7 +255,9 @@ def step(
     )
     rate = config.learning_rate_at(number)
     with loop.divergence_named(number):
-        grads, squared_error, bound = _grads(config, model, state.params, images, labels, draws)
+        grads, squared_error, bound = loss_and_grads(
+            model, state.params, images, labels, draws, config.num_parts
+        )
         optimiser, grad_norm = run_step(
             state.params,
             grads,
@@ -274,48 +275,3 @@ def step(
     loss = squared_error + bound
     record = StepRecord(number + 1, loss, grad_norm, rate, speed, squared_error, bound)
     return State(state.params, optimiser, state.average), record
-
-
-def _grads(
-    config: Config,
-    model: ContinuousMAR,
-    params: Tree,
-    images: Array,
-    labels: Array,
-    draws: Tree,
-) -> tuple[Tree, float, float]:
-    """Compute the gradients and both parts of the loss, a part of the batch in each thread.
-
-    All sequences have as many masked tokens, so each part has the weight of its share of them.
-    """
-
-    def of_part(rows: slice) -> tuple[Tree, float, float]:
-        classes = None if model.num_classes is None else labels[rows]
-        _, grads, parts = loss_and_grads(
-            model, params, images[rows], classes, _part(model, draws, rows), return_parts=True
-        )
-        share = len(images[rows]) / len(images)
-        weighted = trees.map_leaves(lambda leaf: leaf * share, grads)
-        return weighted, share * float(parts["squared_error"]), share * float(parts["bound"])
-
-    rows = parallel.split(len(images), config.num_parts)
-    with (
-        warnings.catch_warnings(),
-        parallel.threads(min(len(rows), parallel.num_cores())) as run,
-    ):
-        # Of the whole data that was said.
-        warnings.filterwarnings("ignore", "images: standard deviation")
-        grads, squared_errors, bounds = zip(*run(of_part, rows), strict=True)
-    return trees.map_leaves(lambda *leaves: sum(leaves), *grads), sum(squared_errors), sum(bounds)
-
-
-def _part(model: ContinuousMAR, draws: Tree, rows: slice) -> Tree:
-    """Choose the draws of some sequences; the rows of the loss are copies of the whole batch."""
-    part = {**draws, **{name: draws[name][rows] for name in ("orders", "label_dropped")}}
-    for name in ("timesteps", "noise"):
-        width = draws[name].shape[1:]
-        copies = draws[name].reshape(model.diffusion_batch_mul, -1, model.length, *width)
-        part[name] = copies[:, rows].reshape(-1, *width)
-    if "keep" in draws:
-        part["keep"] = trees.map_leaves(lambda leaf: leaf[rows], draws["keep"])
-    return part

@@ -5,7 +5,7 @@ computed at some positions only: nothing reads the others.
 """
 
 import functools
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
@@ -21,8 +21,23 @@ from marref.fast.kernels import (
     split_heads,
 )
 from marref.fast.packed import Packed
-from marref.model import MAR
 from marref.trees import Array
+
+
+class Blocks(Protocol):
+    """What a model says of its blocks: one of MAR, or of the continuous model."""
+
+    @property
+    def num_heads(self) -> int:
+        """Of attention."""
+
+    @property
+    def layer_norm_epsilon(self) -> float:
+        """Of both norms."""
+
+    @property
+    def gelu(self) -> str:
+        """Of the feed-forward layer."""
 
 
 class Rows(NamedTuple):
@@ -81,7 +96,7 @@ class Cache(NamedTuple):
 
 
 def forward(
-    model: MAR,
+    model: Blocks,
     packed: Packed,
     x: Array,
     batch: int,
@@ -94,7 +109,7 @@ def forward(
 
     Parameters
     ----------
-    model : MAR
+    model : Blocks
     packed : Packed
     x : array [batch·length, embed_dim]
         Without a mean over the features; written over unless there are ``rows``.
@@ -140,7 +155,7 @@ def forward(
     )
 
 
-def backward(model: MAR, packed: Packed, dx: Array, cache: Cache) -> tuple[Array, Packed]:
+def backward(model: Blocks, packed: Packed, dx: Array, cache: Cache) -> tuple[Array, Packed]:
     """Push ``dx`` back through `forward`; it is written over.
 
     Means over the features that dx may have do not matter: at its end dx meets what has no mean.
@@ -181,7 +196,7 @@ def _project(packed: Packed, normal: Array, rows: Rows | None) -> list[Array]:
 
 
 def _attention_backward(
-    model: MAR, packed: Packed, dcontext: Array, cache: Cache
+    model: Blocks, packed: Packed, dcontext: Array, cache: Cache
 ) -> tuple[tuple[Array, Array], Array]:
     """Push ``dcontext`` back to kernel and bias of `_project`, and to its input."""
     normal, rows = cache.normal, cache.rows

@@ -108,7 +108,7 @@ def unpack_gradients(params: Tree, packed: Packed, num_heads: int, *, centre: bo
     attention_norm = {"scale": 0.0, "bias": 0.0}
     for index, (name, factor) in enumerate(zip(("query", "key", "value"), factors, strict=True)):
         columns = slice(index * features, (index + 1) * features)
-        norm, attention_grads[name] = _after_norm_gradients(
+        norm, attention_grads[name] = after_norm_gradients(
             params["attention_norm"],
             attention[name],
             factor,
@@ -116,7 +116,7 @@ def unpack_gradients(params: Tree, packed: Packed, num_heads: int, *, centre: bo
             packed.qkv_bias[columns],
         )
         attention_norm = {part: attention_norm[part] + norm[part] for part in attention_norm}
-    feed_forward_norm, up = _after_norm_gradients(
+    feed_forward_norm, up = after_norm_gradients(
         params["feed_forward_norm"], feed_forward["up"], 1.0, packed.up_kernel, packed.up_bias
     )
     output = {"kernel": output_kernel, "bias": output_bias}
@@ -136,7 +136,7 @@ def after_norm(norm: Tree, linear: Tree, factor: float) -> tuple[Array, Array]:
     return kernel, factor * (norm["bias"] @ linear["kernel"] + linear["bias"])
 
 
-def _after_norm_gradients(
+def after_norm_gradients(
     norm: Tree, linear: Tree, factor: float, dkernel: Array, dbias: Array
 ) -> tuple[Tree, Tree]:
     """Push dW′ and db′ back through `after_norm`.

@@ -5,7 +5,7 @@ for two steps: all parameters are drawn here, so that nothing hides.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import numpy as np
 from marref.continuous import diffusion, loss
 from marref.continuous.layers import block, modulation, network, positions, silu
 from marref.continuous.model import ContinuousMAR
+from marref.continuous.variants import CausalMAR, CrossEntropy, Head, SquaredError, Variant
 from marref.trees import Array, Tree
 from marref.verify.gradients import METHODS, check_gradients, check_layer
 from marref.verify.self_check import Layer, Row, layer_of, random_like, rows_of
@@ -38,7 +39,7 @@ MODEL = ContinuousMAR(
 
 
 def run(seed: int = 0) -> Iterator[Row]:
-    """Check the layers, the two parts of the loss, the transformer, and a small model.
+    """Check the layers, both parts of the loss, the transformer, a small model, and its variants.
 
     Parameters
     ----------
@@ -56,6 +57,7 @@ def run(seed: int = 0) -> Iterator[Row]:
     yield from _check_transformer(rng)
     yield from _check_diffusion(rng)
     yield from _check_model(rng)
+    yield from _check_variants(rng)
 
 
 def _layers(rng: np.random.Generator) -> dict[str, Layer]:
@@ -171,3 +173,30 @@ def _check_model(rng: np.random.Generator) -> Iterator[Row]:
         for method in METHODS
     }
     yield from rows_of("model", params, errors)
+
+
+def _check_variants(rng: np.random.Generator) -> Iterator[Row]:
+    """Check the causal backbone, and the two heads that are not the diffusion loss."""
+    sizes = {**MODEL.as_dict(), "decoder_dim": MODEL.encoder_dim, "dropout": 0.0}
+    heads: dict[str, Head] = {
+        "causal, squares": SquaredError(_TOKEN),
+        "causal, codes": CrossEntropy(rng.normal(size=(5, _TOKEN))),
+    }
+    images = rng.normal(size=(2, 1, 4, 4))
+    for name, head in heads.items():
+        variant = Variant(CausalMAR(**sizes), head)
+        params = random_like(variant.init(rng), rng, 0.3)
+        compute = functools.partial(
+            variant.loss_and_grads, images=images, labels=[2, 0], draws=variant.draw(rng, 2)
+        )
+        _, grads = compute(params)
+        value = functools.partial(_first_of, compute)
+        errors = {
+            method: check_gradients(value, params, grads, method=method, max_entries=8, rng=rng)
+            for method in METHODS
+        }
+        yield from rows_of(name, params, errors)
+
+
+def _first_of(compute: Callable[[Tree], Any], point: Tree) -> Any:
+    return compute(point)[0]

@@ -351,11 +351,16 @@ def _sample(
         "start_noise": batch["start_noise"],
         "step_noise": batch["step_noise"][:steps],
     }
-    functions = (ContinuousMAR.forward, sampling.Chain.run, sampling.scales_of, diffusion.step_back)
+    functions = (
+        ContinuousMAR.forward,
+        sampling.Sampler.chain,
+        sampling.scales_of,
+        diffusion.step_back,
+    )
     with trace_continuous.recorded(*functions) as calls:
         images = sampling.sample(model, params, labels, draws=draws, **options)
     zs = [call.result[0] for call in calls[ContinuousMAR.forward]]
-    guided = len(zs) > len(calls[sampling.Chain.run])
+    guided = len(zs) > len(calls[sampling.Sampler.chain])
     of_steps = {"z": zs[::2], "z_no_class": zs[1::2]} if guided else {"z": zs}
     (of_scales,) = calls[sampling.scales_of]
     arrays = {
@@ -364,7 +369,7 @@ def _sample(
         **{f"first/{name}": z[0] for name, z in of_steps.items()},
         "first/chain": np.stack([call.result for call in calls[diffusion.step_back][:steps]]),
         **{f"steps/{name}": np.stack(z) for name, z in of_steps.items()},
-        "steps/tokens": _tokens_after_steps(model, calls[sampling.Chain.run]),
+        "steps/tokens": _tokens_after_steps(model, calls[sampling.Sampler.chain]),
         "images": images,
     }
     return {f"sampling/{name}/{key}": array for key, array in arrays.items()}
@@ -376,7 +381,7 @@ def _tokens_after_steps(model: ContinuousMAR, runs: list[trace_continuous.Call])
     after = []
     for run in runs:
         found = found.copy()
-        found[run.args[1]] = run.result
+        found[run.args[2]] = run.result
         after.append(found)
     return np.stack(after)
 

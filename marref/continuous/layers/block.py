@@ -72,6 +72,7 @@ def forward(
     epsilon: float,
     keep: Tree | None = None,
     dropout_rate: float = 0.0,
+    visible: Array | None = None,
 ) -> tuple[Array, Tree]:
     """Pass the residual stream through one block.
 
@@ -84,6 +85,9 @@ def forward(
     keep : dict, optional
         From `draw_keep`.  Without it nothing is dropped.
     dropout_rate : float
+    visible : bool array [length, length], optional
+        Which positions (columns) each position attends to; without it all.  A score of -∞ has the
+        weight 0, and so has its gradient: nothing else changes in `backward`.
 
     Returns
     -------
@@ -102,7 +106,8 @@ def forward(
         split_heads(linear.forward(params["attention"][name], normal)[0], num_heads)
         for name in ("query", "key", "value")
     )
-    weights = softmax(query @ key.mT * query.shape[-1] ** -0.5)
+    scores = query @ key.mT * query.shape[-1] ** -0.5
+    weights = softmax(scores if visible is None else np.where(visible, scores, -np.inf))
     seen = dropped(weights, "weights")
     context = merge_heads(seen @ value)
     branch, _ = linear.forward(params["attention"]["output"], context)

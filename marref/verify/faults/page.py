@@ -4,6 +4,7 @@ import dataclasses
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
+from types import ModuleType
 from typing import Any
 
 from marref.model import MAR
@@ -44,16 +45,7 @@ above the {shared} that lie in layer norm, linear layers, GELU, AdamW and the co
 marref makes them too:
 
 ```python
->>> from marref.verify import golden_continuous
->>> from marref.verify.faults import continuous
->>> model = golden_continuous.TINY
->>> params, batch = golden_continuous.draw(model, seed=0)
->>> stages = golden_continuous.stages(model, params, batch)
->>> right = stages["loss"]()["loss/rows/bound"]
->>> with continuous.CATALOGUE["bound-in-nats"].applied():
-...     wrong = golden_continuous.stages(model, params, batch)["loss"]()["loss/rows/bound"]
->>> bool(abs(wrong / right - 0.6931).max() < 1e-4)
-True
+{example}
 
 ```
 
@@ -65,9 +57,10 @@ differ is an activation or a row of the loss.
 
 def page(first: Mapping[str, tuple[str, float]]) -> str:
     """Write the page: every fault, by stage, with its symptom from `first_differences`."""
-    example = (faults.__doc__ or "").partition("--------\n")[2].strip()
     head = _HEAD.format(
-        count=len(CATALOGUE), count_continuous=len(continuous.CATALOGUE), example=example
+        count=len(CATALOGUE),
+        count_continuous=len(continuous.CATALOGUE),
+        example=_example(faults),
     )
     return "\n".join([head, *_entries("##", STAGES, first)])
 
@@ -76,8 +69,13 @@ def part_on_continuous(first: Mapping[str, tuple[str, float]]) -> str:
     """Write the last part of the page, from `first_differences_of_continuous`."""
     num_own = len(continuous.CATALOGUE)
     shared = len(faults.of_model(golden_continuous.TINY)) - num_own
-    head = _CONTINUOUS.format(count=num_own, shared=shared)
+    head = _CONTINUOUS.format(count=num_own, shared=shared, example=_example(continuous))
     return "\n".join([head, *_entries("###", continuous.STAGES, first)])
+
+
+def _example(package: ModuleType) -> str:
+    """Take the example of a package's docstring."""
+    return (package.__doc__ or "").partition("--------\n")[2].strip()
 
 
 def _entries(

@@ -127,13 +127,12 @@ def _(
     return temperature * old(steps, output, noisy, index, noise, 1.0, clip)
 
 
-@fault("sampling-temperature-on-the-start").wraps(sampling.Chain.run)
-def _(old: Any, chain: Any, *args: Any) -> Any:
+@fault("sampling-temperature-on-the-start").wraps(sampling.Sampler.chain)
+def _(old: Any, sampler: Any, plan: sampling.Plan, *args: Any) -> Any:
     """The noise that a chain starts from is multiplied by the temperature too. Temperature 1 hides
     it."""
-    start = chain.options["temperature"] * chain.draws["start_noise"]
-    draws = {**chain.draws, "start_noise": start}
-    return old(sampling.Chain(chain.params, chain.steps, draws, **chain.options), *args)
+    start = plan.temperature * plan.draws["start_noise"]
+    return old(sampler, plan._replace(draws={**plan.draws, "start_noise": start}), *args)
 
 
 fault("sampling-temperature-ignored").sets("temperature").says(
