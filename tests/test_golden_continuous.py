@@ -340,3 +340,28 @@ def test_golden_vectors_that_lack_an_input_or_have_a_bad_config_are_refused(tiny
         Golden({n: a for n, a in arrays.items() if n != "input/noise"}, metadata)
     with pytest.raises(ValueError, match="golden: config"):
         Golden(arrays, {**metadata, "config": {"colour": 1}})
+
+
+def test_tables_that_are_computed_in_other_ways_are_right(vectors):
+    u = np.arange(1001) / 1000
+    f = 0.5 + 0.5 * np.cos((u + 0.008) / 1.008 * np.pi)
+    beta = np.minimum(1 - f[1:] / f[:-1], 0.999)
+    bar = np.exp(np.cumsum(np.log1p(-beta)))
+    low = np.log(beta[1:]) + np.log1p(-bar[:-1]) - np.log1p(-bar[1:])
+    of_schedule = {
+        "beta": beta,
+        "alpha_bar": bar,
+        "log_variance_low": np.append(low[0], low),
+        "log_variance_high": np.log(beta),
+    }
+    named = {f"noise_schedule/cosine/1000/{name}": table for name, table in of_schedule.items()}
+    assert compare(vectors, named).differing == []
+
+    rows = np.tile(vectors.arrays["masking/masked"].ravel(), 2)
+    times = vectors.batch["timesteps"][rows].astype(np.float32)
+    frequencies = np.exp(-np.log(np.float32(10000)) * np.arange(128, dtype=np.float32) / 128)
+    angles = times[:, np.newaxis] * frequencies
+    features = np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    comparison = compare(vectors, {"activations/network.time_features": features})
+    assert comparison.differing == []
+    assert comparison.precision == "float32"

@@ -389,18 +389,20 @@ def _tokens_after_steps(model: ContinuousMAR, runs: list[trace_continuous.Call])
 def tables_rounded(run: int, precision: str) -> Fault:
     """Make tables that are off in their last digits, as programs compute them in many ways.
 
-    1 - β_t is off by units of float64, in which schedules are computed.  Of the times' features the
-    frequencies are, as in `marref.verify.comparison`, and no program computes them more coarsely
-    than in float32.
+    Schedules are computed in float64.  1 - β_t is off by units there, and a cosine's by more where
+    ᾱ is small: it is f(t + 1)/f(t), and cos² x is also (1 + cos 2x)/2, whose units are those of 1.
+    Of the times' features the frequencies are off, as in `marref.verify.comparison`, and no program
+    computes them more coarsely than in float32.
     """
     fault = Fault("tables-rounded")
     unit = EPSILON["float64" if precision == "float64" else "float32"]
 
     @fault.wraps(diffusion.process)
-    def _(old: Any, *args: Any) -> diffusion.Process:
-        steps: diffusion.Process = old(*args)
+    def _(old: Any, schedule: str, *args: Any) -> diffusion.Process:
+        steps: diffusion.Process = old(schedule, *args)
+        units = EPSILON["float64"] / (steps.alpha_bar_before if schedule == "cosine" else 1.0)
         signs = np.random.default_rng(run).choice([-1.0, 1.0], len(steps.beta))
-        moved = (1.0 - steps.beta) * (1.0 + EPSILON["float64"] * signs)
+        moved = (1.0 - steps.beta) * (1.0 + units * signs)
         return diffusion.Process(1.0 - moved, steps.timestep)
 
     @fault.wraps(timestep.features)
