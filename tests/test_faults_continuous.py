@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from marref import continuous, trees
-from marref.continuous import diffusion
+from marref import continuous, optim, trees
+from marref.continuous import diffusion, training
+from marref.training import State
 from marref.verify import diagnose, faults, golden_continuous, measure, names, search
 from marref.verify.comparison import Golden
 from marref.verify.faults.continuous import CATALOGUE, SHARED, STAGES
@@ -270,3 +271,26 @@ def test_a_model_that_is_as_a_fault_makes_it_has_no_such_fault():
         found = golden_continuous.stages(TINY, params, batch)["activations/"]()
     expected = golden_continuous.stages(model, params, batch)["activations/"]()
     assert differences(found, expected) == {}
+
+
+def test_the_public_functions_compute_with_a_fault():
+    """They take the fast way, and the definition while a fault is applied."""
+    params, batch = golden_continuous.draw(TINY, seed=0)
+    state = State(params, optim.init(params), None)
+    config = training.Config(1, batch_size=4, dtype="float64", average_decay=0.0)
+
+    def computed():
+        copy = State(*(trees.map_leaves(np.copy, part) for part in state[:2]), None)
+        _, record = training.step(config, TINY, batch["images"], batch["labels"], copy)
+        options = {"num_steps": 2, "num_diffusion_steps": 3}
+        made = continuous.sample(TINY, params, [1], np.random.default_rng(1), **options)
+        return record.bound, made
+
+    right_bound, right = computed()
+    with CATALOGUE["bound-in-nats"].applied():
+        bound, _ = computed()
+    assert bound == pytest.approx(right_bound * np.log(2.0), rel=1e-12)
+    with CATALOGUE["sampling-variance-small"].applied():
+        _, wrong = computed()
+    assert np.abs(wrong - right).max() > 1e-6
+    np.testing.assert_array_equal(computed()[1], right)

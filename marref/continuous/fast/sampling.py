@@ -14,7 +14,7 @@ from marref.fast.kernels import linear
 from marref.trees import Array, Tree
 
 
-@functools.wraps(sampling.sample)
+@functools.wraps(sampling.sample, assigned=["__doc__"])
 def sample(*arguments: Any, **options: Any) -> Array:
     """Do as `marref.continuous.sampling.sample`, up to rounding."""
     return sampling.sample(*arguments, sampler=Sampler, **options)

@@ -46,11 +46,11 @@ def loss_and_grads(
     rows = parallel.split(len(images), num_parts)
     with parallel.threads(min(len(rows), parallel.num_cores())) as run:
         if model.dropout:
-            by_definition = functools.partial(_defined, model, params, images, labels, draws)
+            of_part = functools.partial(by_definition, model, params, images, labels, draws)
             with warnings.catch_warnings():
                 # Of the whole data that was said.
                 warnings.filterwarnings("ignore", "images: standard deviation")
-                total: Result = functools.reduce(_added, run(by_definition, rows))
+                total: Result = functools.reduce(_added, run(of_part, rows))
             return total
         packed = transformer.pack_model(model, params)
         of_part = functools.partial(_of_part, model, params, packed, images, labels, draws)
@@ -97,7 +97,7 @@ def _of_part(
     return Result(grads, found.squared_error / count, found.bound / count)
 
 
-def _defined(
+def by_definition(
     model: ContinuousMAR, params: Tree, images: Array, labels: Array, draws: Tree, where: slice
 ) -> Result:
     """Compute what some sequences add by the definition."""

@@ -25,6 +25,9 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Self, TypeVar
 
 from marref import decoding, fast, model, optim
+from marref.continuous import sampling
+from marref.continuous.fast import sampling as fast_sampling
+from marref.continuous.fast import training as fast_training
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -227,3 +230,11 @@ _BY_DEFINITION.of(_by_definition, fast.loss_and_grads)(model.loss_and_grads)
 _BY_DEFINITION.of(_by_definition, fast.iterative_decode)(decoding.iterative_decode)
 _BY_DEFINITION.of(_by_definition, fast.adam_step)(optim.step)
 _BY_DEFINITION.of(_by_definition, fast.logits)(model.MAR.__call__)
+_BY_DEFINITION.of(_by_definition, fast_sampling.sample)(sampling.sample)
+
+
+@_BY_DEFINITION.replaces(fast_training.loss_and_grads)
+def _(
+    model: Any, params: Any, images: Any, labels: Any, draws: Any, num_parts: int
+) -> fast_training.Result:
+    return fast_training.by_definition(model, params, images, labels, draws, slice(None))
