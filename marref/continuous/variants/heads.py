@@ -217,5 +217,6 @@ def codebook(tokens: npt.ArrayLike, num_codes: int, rng: np.random.Generator) ->
     checks.finite("tokens", tokens)
     checks.integer("num_codes", num_codes, 1, len(tokens))
     checks.generator("rng", rng)
-    codes, _ = kmeans2(tokens, num_codes, minit="++", rng=rng)
+    # Called rng from SciPy 1.15 on, which takes the old name too.
+    codes, _ = kmeans2(tokens, num_codes, minit="++", seed=rng)
     return np.asarray(codes)
