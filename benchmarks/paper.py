@@ -28,8 +28,7 @@ import scipy.linalg
 from sklearn.neural_network import MLPClassifier
 
 from marref import chance, continuous, data, optim, trees
-from marref.continuous import diffusion, tokens, variants
-from marref.continuous.layers import network
+from marref.continuous import tokens, variants
 from marref.continuous.pixels import Scale
 from marref.continuous.variants import CausalMAR, CrossEntropy, Diffusion, SquaredError, Variant
 from marref.data import Dataset
@@ -229,10 +228,12 @@ def plot(path: Path, num_steps: int, seed: int) -> None:
         ),
         ("linear", {"linear schedule": (100, None)}),
     ):
-        variant = Variant(MASKED, dataclasses.replace(DIFFUSION, schedule=schedule))
-        params = fit(variant, fold, num_steps, seed)
+        head = dataclasses.replace(DIFFUSION, schedule=schedule)
+        params = fit(Variant(MASKED, head), fold, num_steps, seed)
         for name, (count, clip) in samplers.items():
-            taken, deviations = chain(variant, params, fold.labels, schedule, count, clip)
+            sampler = dataclasses.replace(head, num_steps=count, clip=clip)
+            deviations = deviations_of(sampler, params, fold.labels)
+            taken = np.arange(1, count + 1) / count
             axes.plot(taken, deviations, label=f"{name} ({deviations[-1]:.3g} at the end)")
     axes.set(xlabel="share of the chain", ylabel="standard deviation of tokens", yscale="log")
     axes.axhline(1.0, color="0.7", linewidth=0.8)
@@ -240,25 +241,13 @@ def plot(path: Path, num_steps: int, seed: int) -> None:
     figure.savefig(path, dpi=110)
 
 
-def chain(
-    variant: Variant, params: Tree, labels: Array, schedule: str, count: int, clip: float | None
-) -> tuple[Array, list[float]]:
+def deviations_of(head: Diffusion, params: Tree, labels: Array) -> list[float]:
     """Generate all tokens at once, and note the standard deviation after each diffusion step."""
-    rng = np.random.default_rng(0)
-    batch = len(labels)
-    nothing = np.zeros((batch, MASKED.length, MASKED.token_dim), np.float32)
+    nothing = np.zeros((len(labels), MASKED.length, MASKED.token_dim), np.float32)
     z, _ = MASKED.forward(params, nothing, labels, np.ones(nothing.shape[:2], np.bool_))
     conditions = z.reshape(-1, MASKED.decoder_dim)
-    steps = diffusion.process(schedule, count)
-    x = rng.standard_normal((len(conditions), MASKED.token_dim)).astype(np.float32)
-    deviations = []
-    for index in reversed(range(count)):
-        time = np.full(len(x), steps.timestep[index])
-        output, _ = network.forward(params["head"], x, time, conditions)
-        noise = rng.standard_normal(x.shape).astype(np.float32)
-        x = diffusion.step_back(steps, output, x, index, noise, 1.0, clip)
-        deviations.append(float(x.std()))
-    return np.arange(1, count + 1) / count, deviations
+    after = head.chain(params["head"], conditions, np.random.default_rng(0))
+    return [float(x.std()) for x in after]
 
 
 def main() -> None:

@@ -18,6 +18,8 @@ docs/continuous.md.
 import dataclasses
 import functools
 import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -187,7 +189,7 @@ def loss_forward(
     low, high, scale = _rows_of(
         index, output, steps.low, steps.high, steps.mean_of_clean * steps.to_clean
     )
-    log_variance = low + 0.5 * (v + 1.0) * (high - low)
+    log_variance = log_variance_of(v, low, high)
     error = e - noise
     # The real part is constant where a complex step is taken in e: that is what detached means.
     distance = scale * error.real
@@ -199,6 +201,12 @@ def loss_forward(
     bound[last], dlog_variance[last] = _last_step(clean[last], distance[last], log_variance[last])
     cache = {"error": error, "dv": dlog_variance * 0.5 * (high - low) / math.log(2.0)}
     return (error**2).mean(axis=1), bound.mean(axis=1) / math.log(2.0), cache
+
+
+def log_variance_of(v: Array, low: Any, high: Any) -> Array:
+    """Compute l between log ṽ and log β; see the head of this module."""
+    log_variance: Array = low + 0.5 * (v + 1.0) * (high - low)
+    return log_variance
 
 
 def loss_backward(cache: Tree, drows: Array) -> Array:
@@ -290,5 +298,33 @@ def step_back(
     if index == 0:
         return mean
     low, high = float(steps.low[index]), float(steps.high[index])
-    deviation = np.exp(0.5 * (low + 0.5 * (v + 1.0) * (high - low)))
+    deviation = np.exp(0.5 * log_variance_of(v, low, high))
     return mean + temperature * deviation * noise
+
+
+def chain(
+    steps: Process,
+    output_of: Callable[[Array, int], Array],
+    noisy: Array,
+    noise_of: Callable[[int], Array],
+    temperature: float,
+    clip: float | None,
+) -> Iterator[Array]:
+    """Take all steps back, the last time first; yields the tokens after each.
+
+    Parameters
+    ----------
+    steps : Process
+    output_of : callable
+        ``(noisy, index)`` to what the network returns.
+    noisy : array [rows, token_dim]
+        What the chain starts from.
+    noise_of : callable
+        ``index`` to the noise of a step; see `step_back`.
+    temperature, clip
+        See `step_back`.
+    """
+    for index in reversed(range(len(steps.beta))):
+        output = output_of(noisy, index)
+        noisy = step_back(steps, output, noisy, index, noise_of(index), temperature, clip)
+        yield noisy

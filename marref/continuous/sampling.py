@@ -198,15 +198,16 @@ class Sampler:
 
     def chain(self, plan: Plan, now: Array, conditions: Any, scale: float) -> Array:
         """Make tokens [rows, token_dim] of noise, a diffusion step at a time."""
-        start: Array = plan.draws["start_noise"][now]
-        x = start.astype(self.dtype)
         last = len(self.steps.beta) - 1
-        for index in range(last, -1, -1):
+
+        def output_of(x: Array, index: int) -> Array:
             output, *no_class = self.outputs(x, index, conditions)
-            if no_class:
-                output = guide(output, no_class[0], scale)
-            noise = plan.draws["step_noise"][last - index][now].astype(x.dtype)
-            x = diffusion.step_back(
-                self.steps, output, x, index, noise, plan.temperature, plan.clip
-            )
+            return guide(output, no_class[0], scale) if no_class else output
+
+        def noise_of(index: int) -> Array:
+            noise: Array = plan.draws["step_noise"][last - index][now]
+            return noise.astype(self.dtype)
+
+        x = plan.draws["start_noise"][now].astype(self.dtype)
+        *_, x = diffusion.chain(self.steps, output_of, x, noise_of, plan.temperature, plan.clip)
         return x

@@ -14,6 +14,7 @@ and has no variance to sample with: where a token may be this or that, it genera
 """
 
 import dataclasses
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import numpy as np
@@ -105,14 +106,22 @@ class Diffusion:
 
     def sample(self, params: Tree, z: Array, rng: np.random.Generator) -> Array:
         """Run the chain."""
-        steps = diffusion.process(self.schedule, self.num_steps)
-        x: Array = rng.standard_normal((len(z), self.token_dim)).astype(z.dtype)
-        for index in reversed(range(self.num_steps)):
-            time = np.full(len(x), steps.timestep[index])
-            output, _ = network.forward(params, x, time, z)
-            noise = rng.standard_normal(x.shape).astype(z.dtype)
-            x = diffusion.step_back(steps, output, x, index, noise, self.temperature, self.clip)
+        *_, x = self.chain(params, z, rng)
         return x
+
+    def chain(self, params: Tree, z: Array, rng: np.random.Generator) -> Iterator[Array]:
+        """Yield the tokens after each diffusion step."""
+        steps = diffusion.process(self.schedule, self.num_steps)
+        start: Array = rng.standard_normal((len(z), self.token_dim)).astype(z.dtype)
+
+        def output_of(x: Array, index: int) -> Array:
+            time = np.full(len(x), steps.timestep[index])
+            return network.forward(params, x, time, z)[0]
+
+        def noise_of(_: int) -> Array:
+            return rng.standard_normal(start.shape).astype(z.dtype)
+
+        return diffusion.chain(steps, output_of, start, noise_of, self.temperature, self.clip)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

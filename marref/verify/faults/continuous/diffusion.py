@@ -168,7 +168,7 @@ def _(old: Any, steps: Process, output: Array, clean: Array, index: Array, noise
     dtype = output.real.dtype
     low, high = (np.asarray(table[0], dtype) for table in (steps.low, steps.high))
     scale = np.asarray(steps.mean_of_clean[0] * steps.to_clean[0], dtype)
-    log_variance = low + 0.5 * (v + 1.0) * (high - low)
+    log_variance = diffusion.log_variance_of(v, low, high)
     narrow = np.exp(low - log_variance)
     wide = (scale * (e - noise).real) ** 2 * np.exp(-log_variance)
     kl = 0.5 * (log_variance - low - 1.0 + narrow + wide) / math.log(2.0)
@@ -188,7 +188,7 @@ def _(old: Any, steps: Process, output: Array, clean: Array, index: Array, noise
         table[index][:, np.newaxis].astype(output.real.dtype)
         for table in (steps.low, steps.high, steps.mean_of_clean * steps.to_clean)
     )
-    log_variance = low + 0.5 * (v + 1.0) * (high - low)
+    log_variance = diffusion.log_variance_of(v, low, high)
     distance = scale * cache["error"].real
     slope = distance * np.exp(-log_variance)
     last = index == 0

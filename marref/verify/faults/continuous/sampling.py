@@ -47,9 +47,7 @@ decay_fault("adam-beta2-0.999").says(
 
 def _log_variance(steps: Process, output: Array, index: int) -> Array:
     v = np.split(output, 2, axis=1)[1]
-    low, high = float(steps.low[index]), float(steps.high[index])
-    log_variance: Array = low + 0.5 * (v + 1.0) * (high - low)
-    return log_variance
+    return diffusion.log_variance_of(v, float(steps.low[index]), float(steps.high[index]))
 
 
 @fault("sampling-noise-in-the-last-step").wraps(diffusion.step_back)
