@@ -28,6 +28,7 @@ published code every choice is.  Parameters are a tree (`marref.trees`):
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -240,7 +241,7 @@ class ContinuousMAR(Hyperparameters):
         dh, grads["encoder_norm"] = layer_norm.backward(
             params["encoder_norm"], dencoded, of["encoder_norm"]
         )
-        dh, grads["encoder_blocks"] = _blocks_backward(
+        dh, grads["encoder_blocks"] = blocks_backward(
             params["encoder_blocks"], dh, of["encoder_blocks"]
         )
         dkept, grads["token_norm"] = layer_norm.backward(params["token_norm"], dh, of["token_norm"])
@@ -308,7 +309,7 @@ class ContinuousMAR(Hyperparameters):
         dh, grads["decoder_norm"] = layer_norm.backward(
             params["decoder_norm"], np.concatenate([buffer, dz], axis=1), of["decoder_norm"]
         )
-        dh, grads["decoder_blocks"] = _blocks_backward(
+        dh, grads["decoder_blocks"] = blocks_backward(
             params["decoder_blocks"], dh, of["decoder_blocks"]
         )
         dprojected, of_places = self.fill_backward(dh, cache["kept"])
@@ -336,22 +337,29 @@ class ContinuousMAR(Hyperparameters):
     def _blocks(
         self, params: list[Tree], h: Array, keep: Tree | None, part: str
     ) -> tuple[Array, list[Tree]]:
-        """Run blocks, one after the other."""
-        caches = []
-        for index, of_block in enumerate(params):
-            h, cache = block.forward(
-                of_block,
-                h,
-                num_heads=self.num_heads,
-                epsilon=self.layer_norm_epsilon,
-                keep=None if keep is None else keep[part][index],
-                dropout_rate=self.dropout,
-            )
-            caches.append(cache)
-        return h, caches
+        return blocks_forward(
+            params,
+            h,
+            None if keep is None else keep[part],
+            num_heads=self.num_heads,
+            epsilon=self.layer_norm_epsilon,
+            dropout_rate=self.dropout,
+        )
 
 
-def _blocks_backward(params: list[Tree], dh: Array, caches: list[Tree]) -> tuple[Array, list[Tree]]:
+def blocks_forward(
+    params: list[Tree], h: Array, keep: list[Tree] | None = None, **options: Any
+) -> tuple[Array, list[Tree]]:
+    """Run blocks, one after the other; options are those of `block.forward`."""
+    keeps: Sequence[Tree | None] = keep or [None] * len(params)
+    caches = []
+    for of_block, of_keep in zip(params, keeps, strict=True):
+        h, cache = block.forward(of_block, h, keep=of_keep, **options)
+        caches.append(cache)
+    return h, caches
+
+
+def blocks_backward(params: list[Tree], dh: Array, caches: list[Tree]) -> tuple[Array, list[Tree]]:
     """Push ``dh`` back through blocks, the last first."""
     last_first = []
     for of_block, cache in zip(reversed(params), reversed(caches), strict=True):

@@ -19,7 +19,7 @@ import numpy.typing as npt
 from marref import checks, trees
 from marref.continuous.hyperparameters import Hyperparameters
 from marref.continuous.layers import block, positions, xavier
-from marref.continuous.model import TOKEN_NORM_EPSILON
+from marref.continuous.model import TOKEN_NORM_EPSILON, blocks_backward, blocks_forward
 from marref.layers import layer_norm, linear
 from marref.trees import Array, Tree
 
@@ -92,17 +92,13 @@ class CausalMAR(Hyperparameters):
         h += params["positions"]["table"][self._places(orders)]
         h[:, size - 1 :] += params["targets"]["table"][orders]
         h, cache["token_norm"] = layer_norm.forward(params["token_norm"], h, TOKEN_NORM_EPSILON)
-        visible = np.tri(h.shape[1], dtype=np.bool_)
-        cache["blocks"] = []
-        for of_block in params["blocks"]:
-            h, of_cache = block.forward(
-                of_block,
-                h,
-                num_heads=self.num_heads,
-                epsilon=self.layer_norm_epsilon,
-                visible=visible,
-            )
-            cache["blocks"].append(of_cache)
+        h, cache["blocks"] = blocks_forward(
+            params["blocks"],
+            h,
+            num_heads=self.num_heads,
+            epsilon=self.layer_norm_epsilon,
+            visible=np.tri(h.shape[1], dtype=np.bool_),
+        )
         h, cache["norm"] = layer_norm.forward(params["norm"], h, self.layer_norm_epsilon)
         z = np.empty_like(h[:, size - 1 :])
         z[rows, orders] = h[:, size - 1 :]
@@ -123,13 +119,7 @@ class CausalMAR(Hyperparameters):
         dh = np.zeros((len(dz), size - 1 + self.length, self.encoder_dim), dz.dtype)
         dh[:, size - 1 :] = dz[rows, orders]
         dh, grads["norm"] = layer_norm.backward(params["norm"], dh, cache["norm"])
-        last_first = []
-        for of_block, of_cache in zip(
-            reversed(params["blocks"]), reversed(cache["blocks"]), strict=True
-        ):
-            dh, of_grads = block.backward(of_block, dh, of_cache)
-            last_first.append(of_grads)
-        grads["blocks"] = last_first[::-1]
+        dh, grads["blocks"] = blocks_backward(params["blocks"], dh, cache["blocks"])
         dh, grads["token_norm"] = layer_norm.backward(params["token_norm"], dh, cache["token_norm"])
         for name, index, part in (
             ("positions", self._places(orders), dh),
