@@ -365,3 +365,8 @@ def test_tables_that_are_computed_in_other_ways_are_right(vectors):
     comparison = compare(vectors, {"activations/network.time_features": features})
     assert comparison.differing == []
     assert comparison.precision == "float32"
+
+
+def test_what_cannot_be_stored_is_refused():
+    with pytest.raises(TypeError, match="dtype: received .*, expected float64 or float32"):
+        golden_continuous.make(TINY, dtype=np.complex128)

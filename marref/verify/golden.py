@@ -133,15 +133,7 @@ def draw(model: MAR, seed: int) -> tuple[Tree, dict[str, Array]]:
         another.
     """
     rng = np.random.default_rng(seed)
-
-    def leaf(name: str, shape: tuple[int, ...]) -> Array:
-        noise: Array = rng.normal(size=shape)
-        if name.endswith("table"):
-            return noise
-        scaled: Array = (shape[0] ** -0.5 if name.endswith("kernel") else 0.3) * noise
-        return 1.0 + scaled if name.endswith("scale") else scaled
-
-    leaves = {name: leaf(name, shape) for name, shape in model.parameter_shapes.items()}
+    leaves = {name: draw_leaf(name, shape, rng) for name, shape in model.parameter_shapes.items()}
     targets = rng.integers(1, model.vocab_size, (BATCH, model.seq_len))
     # A token that stands at position 0 of the last sequence, unmasked, and nearly cancels it.
     cancelling = targets[-1, 0]
@@ -160,6 +152,15 @@ def draw(model: MAR, seed: int) -> tuple[Tree, dict[str, Array]]:
     if labels is not None:
         batch["labels"] = labels
     return params, batch
+
+
+def draw_leaf(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
+    """Draw a parameter of a name, of which nothing is 0, and no scale 1."""
+    noise: Array = rng.normal(size=shape)
+    if name.endswith(("table", "vector")):
+        return noise
+    scaled: Array = (shape[0] ** -0.5 if name.endswith("kernel") else 0.3) * noise
+    return 1.0 + scaled if name.endswith("scale") else scaled
 
 
 def draw_mask(shape: tuple[int, int], rng: np.random.Generator) -> Array:
@@ -295,11 +296,16 @@ def make(
         ``optimisers``, ``decodings``, ``ties``, ``samplers`` and, with classes, ``guidance`` (the
         arguments of each), ``order`` (the names of the arrays).
     """
+    check_asked(seed, dtype)
+    model = dataclasses.replace(model, dropout=0.0)
+    return make_from(model, *draw(model, seed), seed=seed, dtype=dtype)
+
+
+def check_asked(seed: int, dtype: npt.DTypeLike) -> None:
+    """Raise unless golden vectors can be drawn from a seed, and stored in a dtype."""
     checks.integer("seed", seed, 0)
     if trees.check_dtype("dtype", dtype).kind == "c":
         raise TypeError(f"dtype: received {dtype}, expected float64 or float32")
-    model = dataclasses.replace(model, dropout=0.0)
-    return make_from(model, *draw(model, seed), seed=seed, dtype=dtype)
 
 
 def make_from(
@@ -351,22 +357,33 @@ def make_from(
     }
     if not any(name.startswith("activations/") for name in arrays):
         raise ValueError(f"activations: none is called {' or '.join(activations)}")
-    metadata = {
+    of_classes = model.num_classes is not None
+    metadata = described(
+        model.as_dict(),
+        seed,
+        arrays,
+        conventions=CONVENTIONS | (CLASS_CONVENTIONS if of_classes else {}),
+        optimisers=OPTIMISERS,
+        decodings=DECODINGS,
+        ties=TIES,
+        samplers=samplers.settings(model),
+        **({"guidance": GUIDANCE} if of_classes else {}),
+    )
+    return arrays, metadata
+
+
+def described(
+    config: dict[str, Any], seed: int | None, arrays: dict[str, Array], **own: Any
+) -> dict[str, Any]:
+    """Write the metadata of golden vectors, of either model: what all have, and their own."""
+    return {
         "format": "marref golden vectors 1",
-        "config": model.as_dict(),
+        "config": config,
         "seed": seed,
         "versions": {"marref": marref.__version__, "numpy": np.__version__},
-        "conventions": CONVENTIONS,
-        "optimisers": OPTIMISERS,
-        "decodings": DECODINGS,
-        "ties": TIES,
-        "samplers": samplers.settings(model),
+        **own,
         "order": list(arrays),
     }
-    if model.num_classes is not None:
-        metadata["conventions"] = CONVENTIONS | CLASS_CONVENTIONS
-        metadata["guidance"] = GUIDANCE
-    return arrays, metadata
 
 
 def _is_kept(name: str, array: Array, activations: Collection[str]) -> bool:

@@ -36,8 +36,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-import marref
-from marref import checks, optim, trees
+from marref import optim, trees
 from marref.continuous import diffusion, loss, sampling
 from marref.continuous.layers import timestep
 from marref.continuous.loss import masked_by
@@ -149,7 +148,9 @@ def draw(model: ContinuousMAR, seed: int) -> tuple[Tree, dict[str, Array]]:
     batch["timesteps"][masked[: len(_TIMES)]] = _TIMES[: len(masked)]
     if model.num_classes is None:
         del batch["labels"]
-    leaves = {name: _leaf(name, shape, rng) for name, shape in model.parameter_shapes.items()}
+    leaves = {
+        name: golden.draw_leaf(name, shape, rng) for name, shape in model.parameter_shapes.items()
+    }
     place = model.buffer_size + batch["orders"][0, 0]
     positions = leaves["decoder_positions.table"]
     positions[place] = 0.05 * positions[place] - leaves["mask_vector"]
@@ -172,14 +173,6 @@ def _come_near(model: ContinuousMAR, params: Tree, batch: dict[str, Array]) -> N
     output, rows, _ = loss.forward(model, params, batch["images"], batch.get("labels"), draws)
     last = rows.time == 0
     batch["noise"][rows.place[last]] = output[last, : model.token_dim] + 0.5 * rows.noise[last]
-
-
-def _leaf(name: str, shape: tuple[int, ...], rng: np.random.Generator) -> Array:
-    noise: Array = rng.normal(size=shape)
-    if name.endswith("table") or name == "mask_vector":
-        return noise
-    scaled: Array = (shape[0] ** -0.5 if name.endswith("kernel") else 0.3) * noise
-    return 1.0 + scaled if name.endswith("scale") else scaled
 
 
 def _draw_sampling(model: ContinuousMAR, rng: np.random.Generator) -> dict[str, Array]:
@@ -258,7 +251,7 @@ def make(
         As of `marref.verify.golden.make`, with ``model`` "continuous", ``decayed`` (the parameters
         that weight decay acts on) and ``sampling`` (the arguments of each setting).
     """
-    checks.integer("seed", seed, 0)
+    golden.check_asked(seed, dtype)
     model = dataclasses.replace(model, dropout=0.0)
     params, batch = draw(model, seed)
     arrays = {
@@ -267,18 +260,16 @@ def make(
     }
     for stage in stages(model, params, batch).values():
         arrays |= stage()
-    metadata = {
-        "format": "marref golden vectors 1",
-        "model": "continuous",
-        "config": model.as_dict(),
-        "seed": seed,
-        "versions": {"marref": marref.__version__, "numpy": np.__version__},
-        "conventions": CONVENTIONS,
-        "optimisers": OPTIMISERS,
-        "decayed": sorted(decayed(params, "published")),
-        "sampling": settings(model),
-        "order": list(arrays),
-    }
+    metadata = golden.described(
+        model.as_dict(),
+        seed,
+        arrays,
+        model="continuous",
+        conventions=CONVENTIONS,
+        optimisers=OPTIMISERS,
+        decayed=sorted(decayed(params, "published")),
+        sampling=settings(model),
+    )
     floats = {name: a.astype(dtype) if a.dtype.kind == "f" else a for name, a in arrays.items()}
     return floats, metadata
 
