@@ -368,5 +368,5 @@ def test_tables_that_are_computed_in_other_ways_are_right(vectors):
 
 
 def test_what_cannot_be_stored_is_refused():
-    with pytest.raises(TypeError, match="dtype: received .*, expected float64 or float32"):
+    with pytest.raises(TypeError, match=r"dtype: received .*, expected float64 or float32"):
         golden_continuous.make(TINY, dtype=np.complex128)

@@ -15,7 +15,7 @@ from marref.cli import arguments
 from marref.continuous.run import RunConfig
 from marref.data.codecs import KINDS
 from marref.training import models, runs
-from marref.training.config import AnyConfig, Config, kind_of
+from marref.training.config import AnyConfig, Config, from_told, kind_of
 from marref.training.loop import RunRecord
 
 _HELP = {
@@ -46,8 +46,6 @@ _HELP = {
     "keep": "how many of the newest checkpoints are kept",
     "validation_fraction": "of the data, set aside; 0: no validation",
     "num_threads": "threads that share the work",
-}
-_HELP_OF_CONTINUOUS = {
     "schedule": "of the learning rate: constant or cosine",
     "average_warmup": "whether the average is short at first: true or false",
     "num_parts": "parts of a batch, which cores share",
@@ -121,7 +119,7 @@ def add(commands: Any) -> None:
             f"--{name.replace('_', '-')}",
             type=_READERS[_type_of(field)],
             metavar=_type_of(field).__name__.upper(),
-            help=f"{(_HELP | _HELP_OF_CONTINUOUS)[name]}; default: {_default_of(name)}",
+            help=f"{_HELP[name]}; default: {_default_of(name)}",
         )
     train.set_defaults(run=_run)
 
@@ -219,7 +217,7 @@ def _resume(parsed: argparse.Namespace) -> runs.Run:
                 f"options in {parsed.out / 'config.json'}"
             )
     dataset = runs.read_dataset(parsed.out, parsed.data)
-    config = runs.config_of(runs.read_settings(parsed.out))
+    config = from_told(runs.read_settings(parsed.out))
     _say_what(dataset, config, parsed.out)
     return runs.resume(parsed.out, dataset, on_step=_Progress(config.num_steps))
 

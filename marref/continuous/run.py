@@ -114,13 +114,12 @@ class RunConfig(training.Config):
             "validate_every": tenth,
             "checkpoint_every": tenth,
         }
-        missing = {name: found[name] for name in found if getattr(self, name) is None}
         for name in ("image_size", "channels"):
             if getattr(self, name) not in (None, found[name]):
                 raise ValueError(
                     f"{name}: received {getattr(self, name)}, expected {found[name]} as the data"
                 )
-        return dataclasses.replace(self, **missing)
+        return discrete.filled(self, found)
 
     def model(self, vocab_size: int, num_classes: int | None = None) -> ContinuousMAR:
         """Build the model of a resolved config; the size of a vocabulary is nothing to it."""

@@ -6,7 +6,6 @@ under its dotted name, and as metadata the step, the config, what the token ids 
 of everything.  Page: docs/training.md.
 """
 
-import dataclasses
 import importlib.util
 import json
 import os
@@ -20,7 +19,7 @@ import numpy as np
 
 from marref import checks, files, trees
 from marref.model import MAR
-from marref.training.config import AnyConfig, Config, kind_of
+from marref.training.config import AnyConfig, Config, as_told, from_told
 from marref.training.loop import State
 from marref.training.models import num_parameters
 from marref.trees import Array
@@ -82,12 +81,10 @@ def save(folder: str | os.PathLike[str], checkpoint: Checkpoint) -> Path:
     metadata = {
         "format": FORMAT,
         "step": checkpoint.step,
-        "config": dataclasses.asdict(checkpoint.config),
+        **as_told(checkpoint.config),
         "vocab_size": checkpoint.vocab_size,
         "codec": checkpoint.codec,
     }
-    if checkpoint.config.kind != "discrete":
-        metadata["model"] = checkpoint.config.kind
     if checkpoint.num_classes is not None:
         metadata["num_classes"] = checkpoint.num_classes
     metadata["checksum"] = checksum(arrays, metadata)
@@ -121,7 +118,7 @@ def load(path: str | os.PathLike[str]) -> Checkpoint:
     try:
         if metadata.get("format") != FORMAT:
             raise ValueError(f"format {metadata.get('format')!r}, expected {FORMAT!r}")
-        config = kind_of(metadata.get("model", "discrete")).from_dict(metadata["config"])
+        config = from_told(metadata)
         step = checks.integer("step", metadata["step"], 0, config.num_steps)
         model = config.model(metadata["vocab_size"], metadata.get("num_classes"))
     except (KeyError, TypeError, ValueError) as error:

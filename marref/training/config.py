@@ -163,13 +163,12 @@ class Config:
             "checkpoint_every": tenth,
             "num_threads": parallel.choose(None, features, parallel.FEATURES_WORTH_A_THREAD),
         }
-        missing = {name: found[name] for name in found if getattr(self, name) is None}
         if length < dataset.length:
             raise ValueError(
                 f"seq_len: received {length}, expected at least the length of the data's "
                 f"sequences, {dataset.length}"
             )
-        return dataclasses.replace(self, **missing)
+        return filled(self, found)
 
     def model(self, vocab_size: int, num_classes: int | None = None) -> MAR:
         """Build the model of a resolved config for so many token ids, and classes if any."""
@@ -218,6 +217,23 @@ def from_options(kind: type[_Config], options: Mapping[str, Any]) -> _Config:
         if name not in known:
             raise ValueError(f"config: {checks.unknown_name(name, known)}")
     return kind(**options)
+
+
+def filled(config: _Config, found: Mapping[str, Any]) -> _Config:
+    """Put what was found where an option is ``None``."""
+    missing = {name: value for name, value in found.items() if getattr(config, name) is None}
+    return dataclasses.replace(config, **missing)  # type: ignore[type-var]
+
+
+def as_told(config: "AnyConfig") -> dict[str, Any]:
+    """Say in what JSON can hold which options these are, and of which model unless discrete MAR."""
+    kind = {} if config.kind == "discrete" else {"model": config.kind}
+    return {**kind, "config": dataclasses.asdict(config)}
+
+
+def from_told(told: Mapping[str, Any]) -> "AnyConfig":
+    """Build the config that `as_told` told of."""
+    return kind_of(told.get("model", "discrete")).from_dict(told["config"])
 
 
 def kind_of(name: str) -> "type[Config] | type[RunConfig]":

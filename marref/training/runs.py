@@ -30,7 +30,7 @@ from marref.data import Classes, Dataset
 from marref.model import MAR
 from marref.training import checkpoints, loop
 from marref.training.checkpoints import Checkpoint
-from marref.training.config import AnyConfig, Config, kind_of
+from marref.training.config import AnyConfig, Config, as_told, from_told
 from marref.training.loop import VALIDATION_RATIOS, RunRecord, State
 from marref.trees import Array
 
@@ -183,7 +183,7 @@ def resume(
     """
     loop.check_callbacks(on_step, on_state)
     settings = read_settings(out)
-    job = _job(dataset, Path(out), config_of(settings))
+    job = _job(dataset, Path(out), from_told(settings))
     for name, found in _described(job, dataset).items():
         # The options of a run are those that it was started with, and these alone.
         if name != "config" and found != settings.get(name):
@@ -229,11 +229,6 @@ def read_settings(out: str | os.PathLike[str]) -> dict[str, Any]:
             raise ValueError(f"{path}: is damaged, expected {name} in it")
     checks.integer(f"{path}: length", settings["data"].get("length"), 1)
     return settings
-
-
-def config_of(settings: dict[str, Any]) -> AnyConfig:
-    """Return the config of a run, from what `read_settings` read."""
-    return kind_of(settings.get("model", "discrete")).from_dict(settings["config"])
 
 
 def read_dataset(out: str | os.PathLike[str], source: Sequence[str] | None = None) -> data.Dataset:
@@ -313,7 +308,7 @@ def best(out: str | os.PathLike[str]) -> Checkpoint:
     if not found:
         raise ValueError(f"{os.fspath(out)}: has no checkpoint yet")
     history = _read_history(
-        Path(out) / "history.csv", max(found), _loop(config_of(settings)).RunRecord
+        Path(out) / "history.csv", max(found), _loop(from_told(settings)).RunRecord
     )
     step = _best([record for record in history if record.step in found])
     if step is not None:
@@ -410,11 +405,9 @@ def _described(job: _Job, dataset: Dataset) -> dict[str, Any]:
             "counts": np.bincount(dataset.labels, minlength=job.model.num_classes or 0).tolist(),
             "checksum": zlib.crc32(dataset.labels.astype("<i8").tobytes()),
         }
-    kind = {} if job.config.kind == "discrete" else {"model": job.config.kind}
     return {
         "format": FORMAT,
-        **kind,
-        "config": dataclasses.asdict(job.config),
+        **as_told(job.config),
         "vocab_size": dataset.vocab_size,
         "codec": job.codec,
         "data": data,
