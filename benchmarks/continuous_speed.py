@@ -11,7 +11,7 @@ Before that both must compute the same loss from the same draws.
 
 import argparse
 import dataclasses
-import resource
+import importlib
 import statistics
 import subprocess
 import sys
@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from benchmarks.measuring import PAUSE
+from benchmarks.worker import memory
 from marref import chance, continuous
 from marref.continuous import training
 
@@ -42,7 +44,6 @@ BATCH = 8
 STEPS, DIFFUSION_STEPS = 16, 25
 CONTESTANTS = ("marref", "PyTorch eager")
 TASKS = ("training", "sampling")
-PAUSE = 0.05
 TOLERANCE = 1e-4
 
 Task = Callable[[], float]
@@ -59,16 +60,17 @@ def of_marref(task: str) -> Task:
     """Return what does a task once; a step of training returns the loss of its draws."""
     images, labels = images_and_labels()
     config = training.Config(10**6, batch_size=BATCH, warmup_steps=0, schedule="constant")
-    state = training.init(config, MODEL)
     if task == "sampling":
         numbers = iter(range(10**6))
+        params = MODEL.init(np.random.default_rng(0), np.float32)
         options = {"num_steps": STEPS, "num_diffusion_steps": DIFFUSION_STEPS}
 
         def sample() -> float:
             rng = chance.generator(0, "sample", next(numbers))
-            return float(continuous.sample(MODEL, state.params, labels, rng, **options)[0, 0, 0, 0])
+            return float(continuous.sample(MODEL, params, labels, rng, **options)[0, 0, 0, 0])
 
         return sample
+    state = training.init(config, MODEL)
 
     def step() -> float:
         nonlocal state
@@ -82,19 +84,20 @@ def of_torch(task: str) -> Task:
     """Return the same for PyTorch."""
     import torch
 
-    from benchmarks.ports import continuous_torch
+    from benchmarks import continuous_torch
 
     images, labels = images_and_labels()
     config = training.Config(10**6, batch_size=BATCH)
-    params = training.init(config, MODEL).params
-    port = continuous_torch.Port(MODEL, params)
     if task == "sampling":
+        port = continuous_torch.Port(MODEL, MODEL.init(np.random.default_rng(0), np.float32))
 
         def sample() -> float:
             made = port.sample(torch.tensor(labels), STEPS, DIFFUSION_STEPS)
             return float(made[0, 0, 0])
 
         return sample
+    rng = chance.generator(config.seed, "parameters")
+    port = continuous_torch.Port(MODEL, MODEL.init(rng, config.dtype))
     optimiser = torch.optim.AdamW(
         port.state.values(), lr=config.learning_rate, betas=(0.9, 0.95), weight_decay=0.02
     )
@@ -114,16 +117,15 @@ def of_torch(task: str) -> Task:
 
 def work(contestant: str, task: str) -> None:
     """Do a task once for each line that comes in, and say what came of it and how long it took."""
-    base = _memory()
+    if contestant == "PyTorch eager":
+        # What it imports is not what is measured.
+        importlib.import_module("benchmarks.continuous_torch")
+    base = memory("VmRSS")
     once = {"marref": of_marref, "PyTorch eager": of_torch}[contestant](task)
     for _ in sys.stdin:
         start = time.perf_counter()
         value = once()
-        print(value, time.perf_counter() - start, _memory() - base, flush=True)
-
-
-def _memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        print(value, time.perf_counter() - start, memory("VmHWM") - base, flush=True)
 
 
 @dataclasses.dataclass

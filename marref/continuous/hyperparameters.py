@@ -1,7 +1,9 @@
 """The hyper-parameters of a continuous MAR, and the images and labels that fit them."""
 
+import contextlib
 import dataclasses
 import warnings
+from collections.abc import Iterator
 from typing import Any, ClassVar
 
 import numpy as np
@@ -145,6 +147,14 @@ class Hyperparameters:
         labels = checks.labels("labels", labels, self.num_classes)
         checks.shape("labels", labels, (batch_size,))
         return labels
+
+
+@contextlib.contextmanager
+def of_told_scale() -> Iterator[None]:
+    """Do not warn of the scale of batches of data whose scale was told of as a whole."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "images: standard deviation")
+        yield
 
 
 def _check_divides(part: str, divisor: int, whole: str, value: int) -> None:

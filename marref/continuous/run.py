@@ -6,7 +6,6 @@ discrete MAR: `init`, `step` and `validation`.  Page: docs/continuous.md.
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -14,6 +13,7 @@ import numpy as np
 
 from marref import chance, checks
 from marref.continuous import diffusion, loss, training
+from marref.continuous.hyperparameters import of_told_scale
 from marref.continuous.model import ContinuousMAR
 from marref.continuous.pixels import Scale, square
 from marref.data import Dataset
@@ -200,9 +200,7 @@ def _squared_errors(
     """Compute those of a batch row by row, without dropout and with all labels."""
     draws = {**draws, "label_dropped": np.zeros(len(images), np.bool_)}
     draws.pop("keep", None)
-    with warnings.catch_warnings():
-        # Of the whole data it is 1.
-        warnings.filterwarnings("ignore", "images: standard deviation")
+    with of_told_scale():
         output, rows, _ = loss.forward(model, state.averaged, images, labels, draws)
     process = diffusion.process(model.noise_schedule)
     errors, _, _ = diffusion.loss_forward(process, output, rows.clean, rows.time, rows.noise)

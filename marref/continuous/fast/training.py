@@ -2,7 +2,6 @@
 
 import functools
 import operator
-import warnings
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,6 +10,7 @@ from marref import trees
 from marref.continuous import diffusion, loss, tokens
 from marref.continuous.fast import network, transformer
 from marref.continuous.fast.transformer import PackedModel
+from marref.continuous.hyperparameters import of_told_scale
 from marref.continuous.model import ContinuousMAR
 from marref.fast import parallel
 from marref.fast.pieces import pieces
@@ -47,9 +47,7 @@ def loss_and_grads(
     with parallel.threads(min(len(rows), parallel.num_cores())) as run:
         if model.dropout:
             of_part = functools.partial(by_definition, model, params, images, labels, draws)
-            with warnings.catch_warnings():
-                # Of the whole data that was said.
-                warnings.filterwarnings("ignore", "images: standard deviation")
+            with of_told_scale():
                 total: Result = functools.reduce(_added, run(of_part, rows))
             return total
         packed = transformer.pack_model(model, params)
@@ -84,15 +82,15 @@ def _of_part(
         draws[name].reshape(*copies, *draws[name].shape[1:])[:, where][:, masked]
         for name in ("timesteps", "noise")
     )
+    count = copies[0] * len(images) * draws["num_masked"]
     found = network.loss_and_grads(
         diffusion.process(model.noise_schedule),
         params["diffusion"],
         z,
         network.Batch(clean[masked], time, noise.astype(dtype)),
-        copies[0] * len(images) * draws["num_masked"],
+        count,
     )
     grads = transformer.backward(model, params, packed, found.dz, cache)
-    count = copies[0] * len(images) * draws["num_masked"]
     grads["diffusion"] = {name: found.grads[name] for name in params["diffusion"]}
     return Result(grads, found.squared_error / count, found.bound / count)
 

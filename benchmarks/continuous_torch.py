@@ -1,4 +1,8 @@
-"""Continuous MAR in PyTorch as its users write it: for timing; see tests/torch_continuous.py."""
+"""Continuous MAR in PyTorch as its users write it, to be timed.
+
+What is no part of the model, patches and tables, is marref's own: the witness, which shares nothing
+with it, is tests/torch_continuous.py.
+"""
 
 import math
 
