@@ -184,6 +184,67 @@ def backward(model: Blocks, packed: Packed, dx: Array, cache: Cache) -> tuple[Ar
     return dx, Packed(*dqkv, *doutput, *dup, *ddown)
 
 
+def passed(model: Blocks, packed: Packed, x: Array, batch: int) -> Array:
+    """Do as `forward` at all positions, and keep nothing; ``x`` is written over."""
+    features = x.shape[1]
+    normal, _ = normalise(x, model.layer_norm_epsilon)
+    qkv = linear(normal, packed.qkv_kernel, packed.qkv_bias)
+    return finished(model, packed, x, attended(model, batch, qkv[:, :features], qkv[:, features:]))
+
+
+def passed_at(
+    model: Blocks, packed: Packed, x: Array, key_value: Array, batch: int, rows: Rows
+) -> Array:
+    """Do as `forward` at some rows, and keep nothing.
+
+    Parameters
+    ----------
+    model, packed, batch
+        As of `forward`.
+    x : array [batch·length, features]
+    key_value : array [batch·length, 2·features]
+        From `key_value_of`.
+    rows : Rows
+
+    Returns
+    -------
+    array [wanted positions, features]
+    """
+    features = x.shape[1]
+    x = x[rows.rectangle.ravel()]
+    normal, _ = normalise(x, model.layer_norm_epsilon)
+    query = linear(normal, packed.qkv_kernel[:, :features], packed.qkv_bias[:features])
+    context = attended(model, batch, query, key_value)
+    if not rows.wanted.all():
+        x, context = x[rows.wanted.ravel()], context[rows.wanted.ravel()]
+    return finished(model, packed, x, context)
+
+
+def key_value_of(model: Blocks, packed: Packed, x: Array) -> Array:
+    """Compute key and value alone: [batch·length, 2·features]."""
+    features = x.shape[1]
+    normal, _ = normalise(x, model.layer_norm_epsilon)
+    return linear(normal, packed.qkv_kernel[:, features:], packed.qkv_bias[features:])
+
+
+def attended(model: Blocks, batch: int, query: Array, key_value: Array) -> Array:
+    """Compute the context of the queries [batch·queries, features]."""
+    context = np.empty(query.shape, query.dtype)
+    features = query.shape[1]
+    parts = query, key_value[:, :features], key_value[:, features:], context
+    attend(*(split_heads(part, batch, model.num_heads) for part in parts), keep=False)
+    return context
+
+
+def finished(model: Blocks, packed: Packed, x: Array, context: Array) -> Array:
+    """Add the two branches to the stream, over it."""
+    x += linear(context, packed.output_kernel, packed.output_bias)
+    normal, _ = normalise(x, model.layer_norm_epsilon)
+    hidden = linear(normal, packed.up_kernel, packed.up_bias)
+    x += linear(fast_gelu.value(hidden, model.gelu), packed.down_kernel, packed.down_bias)
+    return x
+
+
 def _project(packed: Packed, normal: Array, rows: Rows | None) -> list[Array]:
     """Compute query, key and value; the query at the rows only."""
     if rows is None:

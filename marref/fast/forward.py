@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from marref.fast import gelu, kernels, memory, parallel
+from marref.fast import block, kernels, memory, parallel
 from marref.fast.block import Rows, rows_of
-from marref.fast.kernels import attend, linear, normalise, remove_mean, split_heads
+from marref.fast.kernels import linear, normalise, remove_mean
 from marref.fast.packed import Packed, after_norm, pack
 from marref.model import MAR, check_model
 from marref.positions import sinusoidal_table
@@ -239,34 +239,11 @@ def _encode(work: Work, member: Member) -> Array:
     for layer, packed in enumerate(others):
         qkv = linear(normalise(x, epsilon)[0], packed.qkv_kernel, packed.qkv_bias)
         whole = team.show(layer, positions, qkv)
-        context = _attend(work.model, batch, qkv[:, :features], whole[:, features:])
-        x = _finish(work.model, packed, x, context)
+        context = block.attended(work.model, batch, qkv[:, :features], whole[:, features:])
+        x = block.finished(work.model, packed, x, context)
 
-    kernel, bias = last.qkv_kernel, last.qkv_bias
-    key_value = linear(normalise(x, epsilon)[0], kernel[:, features:], bias[features:])
+    key_value = block.key_value_of(work.model, last, x)
     if team.num_members > 1:
         whole = team.show(len(others), positions, np.concatenate([x, key_value], axis=1))
         x, key_value = whole[:, :features], whole[:, features:]
-    x = x[rows.rectangle.ravel()]
-    query = linear(normalise(x, epsilon)[0], kernel[:, :features], bias[:features])
-    context = _attend(work.model, batch, query, key_value)
-    if not rows.wanted.all():
-        x, context = x[rows.wanted.ravel()], context[rows.wanted.ravel()]
-    return _finish(work.model, last, x, context)
-
-
-def _attend(model: MAR, batch: int, query: Array, key_value: Array) -> Array:
-    """Compute the context of the queries [batch·queries, embed_dim]."""
-    context = np.empty(query.shape, query.dtype)
-    parts = query, key_value[:, : model.embed_dim], key_value[:, model.embed_dim :], context
-    attend(*(split_heads(part, batch, model.num_heads) for part in parts), keep=False)
-    return context
-
-
-def _finish(model: MAR, packed: Packed, x: Array, context: Array) -> Array:
-    """Add the two branches to the stream, over it."""
-    x += linear(context, packed.output_kernel, packed.output_bias)
-    normal, _ = normalise(x, model.layer_norm_epsilon)
-    hidden = linear(normal, packed.up_kernel, packed.up_bias)
-    x += linear(gelu.value(hidden, model.gelu), packed.down_kernel, packed.down_bias)
-    return x
+    return block.passed_at(work.model, last, x, key_value, batch, rows)

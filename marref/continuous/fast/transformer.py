@@ -205,14 +205,21 @@ def _blocks(
     keep: bool,
 ) -> tuple[Array, list[block.Cache]]:
     """Run blocks, the last at some rows if they are given."""
+    *others, last = packed
+    if not keep:
+        for of_block in others:
+            x = block.passed(model, of_block, x, batch)
+        if rows is None:
+            return block.passed(model, last, x, batch), []
+        key_value = block.key_value_of(model, last, x)
+        return block.passed_at(model, last, x, key_value, batch, rows), []
     caches = []
     # Weights that would take as much memory as all else that a block keeps are let go.
-    keep_weights = keep and model.num_heads * (len(x) // batch) < 16 * x.shape[1]
-    for index, of_block in enumerate(packed):
-        at = rows if index == len(packed) - 1 else None
+    keep_weights = model.num_heads * (len(x) // batch) < 16 * x.shape[1]
+    for of_block in packed:
+        at = rows if of_block is last else None
         x, cache = block.forward(model, of_block, x, batch, _NOTHING, at, keep_weights=keep_weights)
-        if keep:
-            caches.append(cache)
+        caches.append(cache)
     return x, caches
 
 
