@@ -41,7 +41,7 @@ MODEL = continuous.build(
     diffusion_batch_mul=4,
 )
 BATCH = 8
-STEPS, DIFFUSION_STEPS = 16, 25
+STEPS, DIFFUSION_STEPS = 16, 100
 CONTESTANTS = ("marref", "PyTorch eager")
 TASKS = ("training", "sampling")
 TOLERANCE = 1e-4

@@ -155,6 +155,15 @@ def test_samples_are_the_definition_s(setting, cores, monkeypatch):
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
 
 
+def test_the_definition_can_be_asked_for():
+    params, _, labels, _ = drawn(MODEL, 2)
+    options = {"num_steps": 2, "num_diffusion_steps": 2}
+    expected = sampling.sample(MODEL, params, labels[:2], np.random.default_rng(0), **options)
+    options["sampler"] = sampling.Sampler
+    found = continuous.sample(MODEL, params, labels[:2], np.random.default_rng(0), **options)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_sampling_does_not_compute_what_the_definition_does(monkeypatch):
     def never(*_):
         raise AssertionError("the definition was run")

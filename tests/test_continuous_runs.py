@@ -10,6 +10,7 @@ from marref import cli, continuous, data, files
 from marref.continuous.pixels import Scale
 from marref.continuous.run import RunConfig, RunRecord
 from marref.data import Dataset, Pixels
+from marref.fast import parallel
 from marref.interop import mar
 from marref.training import checkpoints, runs
 
@@ -95,6 +96,35 @@ def test_validation_is_of_what_was_set_aside_with_all_labels_and_the_same_each_t
     )
 
 
+def test_validation_does_not_depend_on_the_cores(whole, monkeypatch):
+    _, run = whole
+    config = dataclasses.replace(run.config, batch_size=2)
+    _, held_out = pictures().split(0.5, config.seed)
+    limits = []
+    original = parallel.threads
+
+    def noting(num_threads, **options):
+        limits.append((num_threads, options.get("blas_threads", 1)))
+        return original(num_threads, **options)
+
+    monkeypatch.setattr(parallel, "threads", noting)
+    found = []
+    for cores in (1, 2):
+        monkeypatch.setattr(parallel, "num_cores", lambda cores=cores: cores)
+        found.append(
+            continuous.run.validation(config, run.model, held_out, np.arange(15), run.state)
+        )
+    assert found[0] == found[1]
+    assert limits == [(1, 1), (2, 1)]
+
+
+def test_a_folder_named_digits_does_not_stand_for_the_digits(tmp_path, monkeypatch):
+    (tmp_path / "digits").mkdir()
+    monkeypatch.chdir(tmp_path)
+    options = [*OPTIONS, "--num-steps", "1", "--batch-size", "2"]
+    assert cli.main(["train", "digits", "--continuous", "--out", "run", *options]) == 0
+
+
 def test_a_checkpoint_says_of_which_model_it_is(whole):
     out, run = whole
     newest = checkpoints.latest(out / "run" / "checkpoints")
@@ -166,6 +196,25 @@ def test_samples_depend_on_their_number_alone(trained, tmp_path, capsys):
     assert len(capsys.readouterr().out.splitlines()) >= 9
 
 
+def test_few_pictures_are_made_at_once_where_their_noise_is_large(trained, tmp_path, monkeypatch):
+    path = tmp_path / "samples.npy"
+    quick = ["--num", "3", "--diffusion-steps", "2", "--steps", "1", "--out", str(path)]
+    assert cli.main(["sample", str(trained), *quick]) == 0
+    together = np.load(path)
+    asked, original = [], continuous.sample
+
+    def sample(*arguments, draws, **options):
+        asked.append(len(draws["orders"]))
+        return original(*arguments, draws=draws, **options)
+
+    monkeypatch.setattr(continuous, "sample", sample)
+    monkeypatch.setattr(cli.continuous, "_MOST_NOISE", 1)
+    assert cli.main(["sample", str(trained), *quick]) == 0
+    assert asked == [1, 1, 1]
+    # Rounding may move a pixel to the next level.
+    assert np.abs(np.load(path) - together).max() <= 1
+
+
 def test_a_class_is_asked_for(trained, monkeypatch, capsys):
     asked = []
 
@@ -187,6 +236,8 @@ def test_a_class_is_asked_for(trained, monkeypatch, capsys):
         (["sample", "{run}", "--top-k", "3"], "--top-k: received for a run of the continuous"),
         (["sample", "{run}", "--prompt", "x.png"], "--prompt: received for a run of the cont"),
         (["sample", "{run}", "--clip", "0"], "clip: received 0"),
+        (["sample", "{run}", "--choice-temperature", "0"], "--choice-temperature: received for"),
+        (["sample", "{run}", "--order-temperature", "0"], "--order-temperature: received for"),
         (["evaluate", "{run}"], "evaluate: received a run of the continuous model"),
         (["train", "digits", "--continuous", "--out", "{run}x", "--embed-dim", "8"], "encoder_dim"),
         (["train", "digits", "--out", "{run}x", "--patch-size", "2"], "'patch_size' is unknown"),
@@ -201,8 +252,9 @@ def test_options_of_the_other_model_are_named(trained, arguments, message, capsy
 def test_a_run_of_discrete_mar_has_no_diffusion_steps(tmp_path, capsys):
     options = ["--num-steps", "1", "--embed-dim", "4", "--num-heads", "1", "--batch-size", "1"]
     assert cli.main(["train", "digits", "--out", str(tmp_path), *options]) == 0
-    assert cli.main(["sample", str(tmp_path), "--diffusion-steps", "3"]) == 2
-    assert "--diffusion-steps: received for a run of discrete MAR" in capsys.readouterr().err
+    for option, value in (("--diffusion-steps", "3"), ("--clip", "0")):
+        assert cli.main(["sample", str(tmp_path), option, value]) == 2
+        assert f"{option}: received for a run of discrete MAR" in capsys.readouterr().err
 
 
 def test_export_writes_the_published_names(trained, tmp_path):

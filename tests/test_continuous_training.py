@@ -275,6 +275,7 @@ def test_diverged_training_says_in_which_step():
         ({"num_steps": 0}, "num_steps: received 0"),
         ({"warmup_steps": 6}, r"warmup_steps: received 6, expected an integer in \[0, 5\]"),
         ({"average_decay": 1.0}, "average_decay: received 1.0"),
+        ({"average_warmup": "false"}, "average_warmup: received str, expected bool"),
         ({"schedule": "linear"}, "schedule: received 'linear'"),
         ({"mask_schedule": "square"}, "mask_schedule: received 'square'"),
         ({"decay": "all"}, "decay: received 'all', expected one of published, kernels"),

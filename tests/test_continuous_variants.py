@@ -223,6 +223,15 @@ def test_bad_input_is_named():
         CausalMAR(**{**SIZES, "decoder_dim": 6})
     with pytest.raises(ValueError, match="order"):
         Variant(MASKED, HEADS["diffusion"], "spiral")
+    with pytest.raises(ValueError, match="head: token_dim 5, expected 4"):
+        Variant(MASKED, SquaredError(5))
+    with pytest.raises(ValueError, match="temperature"):
+        CrossEntropy(CODES, temperature=0.0)
+    with pytest.raises(ValueError, match="codes: shape"):
+        CrossEntropy(CODES[0])
+    for changed in ({"clip": -1.0}, {"schedule": "sine"}, {"num_steps": 0}, {"copies": 0}):
+        with pytest.raises(ValueError, match=r"clip|schedule|steps|copies"):
+            Diffusion(4, **changed)
     variant, params, *_ = made("causal", "squared error")
     with pytest.raises(ValueError, match="num_steps: received 2, expected 4"):
         variant.sample(params, [1], np.random.default_rng(0), num_steps=2)

@@ -14,6 +14,8 @@ from marref.training.checkpoints import Checkpoint
 from marref.trees import Array, Tree
 
 _MOST_AT_ONCE = 64
+# Numbers, of which 2**25 take 256 MB.
+_MOST_NOISE = 2**25
 _STEPS = 16
 _DIFFUSION_STEPS = 100
 _CLIP = 3.0
@@ -63,7 +65,8 @@ def check_discrete(parsed: argparse.Namespace) -> None:
 
 def _check_not_given(parsed: argparse.Namespace, names: tuple[str, ...], model: str) -> None:
     for name in names:
-        if getattr(parsed, name) not in (None, False, 0.0, []):
+        value = getattr(parsed, name)
+        if value is not None and value is not False and value != []:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option}: received for a run of {model}, which has none")
 
@@ -72,6 +75,9 @@ def sample(
     parsed: argparse.Namespace, checkpoint: Checkpoint, codec: Codec, labels: list[int | None]
 ) -> Array:
     """Generate pictures; each depends on its number, and not on how many there are.
+
+    But for rounding: products of other shapes have other last digits, which can move a pixel to
+    the next level.
 
     Returns
     -------
@@ -92,9 +98,11 @@ def sample(
         "guidance": parsed.guidance,
         "clip": None if np.isinf(clip) else clip,
     }
+    noise = options["num_diffusion_steps"] * model.length * model.token_dim
+    at_once = max(1, min(_MOST_AT_ONCE, _MOST_NOISE // noise))
     parts = []
-    for start in range(0, parsed.num, _MOST_AT_ONCE):
-        numbers = range(start, min(start + _MOST_AT_ONCE, parsed.num))
+    for start in range(0, parsed.num, at_once):
+        numbers = range(start, min(start + at_once, parsed.num))
         classes = [label for label in labels[numbers.start : numbers.stop] if label is not None]
         images = continuous.sample(
             model,

@@ -39,7 +39,6 @@ def add_arguments(sample: argparse.ArgumentParser) -> None:
     add(
         "--order-temperature",
         type=arguments.real,
-        default=0.0,
         help="draw positions from softmax(score / T); default: 0, the surest first",
     )
     add(
@@ -81,7 +80,7 @@ def settings(parsed: argparse.Namespace, codec: Codec) -> dict[str, Any]:
         "min_p": parsed.min_p,
         "exclude_ids": _excluded(parsed.exclude_ids, codec),
         "choice_temperature": _choice_temperature(parsed, order),
-        "order_temperature": parsed.order_temperature,
+        "order_temperature": parsed.order_temperature or 0.0,
         "score_temperature": parsed.score_temperature,
         "order": order,
         "schedule": parsed.schedule or "cosine",

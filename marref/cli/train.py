@@ -183,7 +183,8 @@ def _start(parsed: argparse.Namespace) -> runs.Run:
         raise ValueError("data: received none, expected a file, a folder or digits")
     given = {name: getattr(parsed, name) for name in _OF_DATA}
     config = kind_of("continuous" if parsed.continuous else "discrete").from_dict(_options(parsed))
-    if parsed.continuous and Path(parsed.data[0]).is_dir() and parsed.levels is None:
+    is_folder = parsed.data[0] != "digits" and Path(parsed.data[0]).is_dir()
+    if parsed.continuous and is_folder and parsed.levels is None:
         given["levels"] = _LEVELS
     dataset = data.load(parsed.data if len(parsed.data) > 1 else parsed.data[0], **given)
     if parsed.no_labels:

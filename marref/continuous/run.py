@@ -18,6 +18,7 @@ from marref.continuous.model import ContinuousMAR
 from marref.continuous.pixels import Scale, square
 from marref.data import Dataset
 from marref.data.codecs import Codec
+from marref.fast import parallel
 from marref.training import config as discrete
 from marref.training.loop import State
 from marref.trees import Array
@@ -176,21 +177,21 @@ def validation(
     config: RunConfig, model: ContinuousMAR, held_out: Dataset, index: Array, state: State
 ) -> float:
     """Measure the squared error on some pictures of a dataset; see `RunRecord`."""
-    images, labels = held_out.rows(index), held_out.labels_at(index)
-    errors = []
-    for repeat in range(VALIDATION_DRAWS):
-        for start in range(0, len(images), config.batch_size):
-            rows = slice(start, start + config.batch_size)
-            rng = chance.generator(config.seed, "validation", repeat, start)
-            errors.append(
-                _squared_errors(
-                    model,
-                    state,
-                    config.scale(held_out.codec).to_images(images[rows]),
-                    None if labels is None else labels[rows],
-                    model.draw(rng, len(images[rows]), mask_schedule=config.mask_schedule),
-                )
-            )
+    images = config.scale(held_out.codec).to_images(held_out.rows(index))
+    labels = held_out.labels_at(index)
+
+    def errors_of(repeat: int, start: int) -> Array:
+        rows = slice(start, start + config.batch_size)
+        rng = chance.generator(config.seed, "validation", repeat, start)
+        draws = model.draw(rng, len(images[rows]), mask_schedule=config.mask_schedule)
+        of_rows = None if labels is None else labels[rows]
+        return _squared_errors(model, state, images[rows], of_rows, draws)
+
+    starts = range(0, len(images), config.batch_size)
+    batches = [(repeat, start) for repeat in range(VALIDATION_DRAWS) for start in starts]
+    # Each batch is one thread's: the result does not depend on how many cores there are.
+    with of_told_scale(), parallel.threads(parallel.num_cores()) as run:
+        errors = run(errors_of, *zip(*batches, strict=True))
     return float(np.concatenate(errors).mean())
 
 
@@ -200,8 +201,7 @@ def _squared_errors(
     """Compute those of a batch row by row, without dropout and with all labels."""
     draws = {**draws, "label_dropped": np.zeros(len(images), np.bool_)}
     draws.pop("keep", None)
-    with of_told_scale():
-        output, rows, _ = loss.forward(model, state.averaged, images, labels, draws)
+    output, rows, _ = loss.forward(model, state.averaged, images, labels, draws)
     process = diffusion.process(model.noise_schedule)
     errors, _, _ = diffusion.loss_forward(process, output, rows.clean, rows.time, rows.noise)
     return errors

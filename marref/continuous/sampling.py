@@ -68,7 +68,8 @@ def sample(
         Bounds the estimate of the clean token.  ``None`` is the published sampler, in which small
         models explode; see `marref.continuous.diffusion.step_back`.
     sampler : type, optional
-        What computes: by default `Sampler`, the definition.
+        What computes: `Sampler`, the definition, or that of `marref.continuous.fast.sampling`,
+        which is the default of `marref.continuous.sample`.
 
     Returns
     -------

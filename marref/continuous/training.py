@@ -101,6 +101,9 @@ class Config:
         checks.real("weight_decay", self.weight_decay, "[0, inf)")
         checks.real("max_norm", self.max_norm, "(0, inf)")
         checks.real("average_decay", self.average_decay, "[0, 1)")
+        if not isinstance(self.average_warmup, bool):
+            received = type(self.average_warmup).__name__
+            raise TypeError(f"average_warmup: received {received}, expected bool")
         checks.choice("schedule", self.schedule, SCHEDULES)
         checks.choice("decay", self.decay, DECAYED)
         checks.choice("mask_schedule", self.mask_schedule, masking.SCHEDULES)

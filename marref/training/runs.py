@@ -166,8 +166,9 @@ def resume(
     Run
         The same, to the bit, as that of a run that never stopped, but for its
         ``tokens_per_second``: on the same machine, with the same versions of NumPy and SciPy.
-        The number of threads is that of the start, whatever machine goes on, since it decides in
-        which order numbers are added.  Of a run that had ended already, its result.
+        The number of threads (of the continuous model: of parts) is that of the start, whatever
+        machine goes on, since it decides in which order numbers are added.  Of a run that had ended
+        already, its result.
 
     Raises
     ------

@@ -16,8 +16,8 @@ from marref.trees import Array, Tree
 
 @functools.wraps(sampling.sample, assigned=["__doc__"])
 def sample(*arguments: Any, **options: Any) -> Array:
-    """Do as `marref.continuous.sampling.sample`, up to rounding."""
-    return sampling.sample(*arguments, sampler=Sampler, **options)
+    """Do as the definition, whose docstring this one gives way to, up to rounding."""
+    return sampling.sample(*arguments, **{"sampler": Sampler, **options})
 
 
 class Sampler(sampling.Sampler):

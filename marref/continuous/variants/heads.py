@@ -33,6 +33,10 @@ from marref.trees import Array, Tree
 class Head(Protocol):
     """See the head of this module."""
 
+    @property
+    def token_dim(self) -> int:
+        """Numbers of a token."""
+
     def init(self, rng: np.random.Generator, condition_dim: int, dtype: npt.DTypeLike) -> Tree:
         """Draw parameters."""
 
@@ -74,6 +78,14 @@ class Diffusion:
     num_steps: int = 25
     temperature: float = 1.0
     clip: float | None = 3.0
+
+    def __post_init__(self) -> None:
+        for name in ("token_dim", "features", "num_blocks", "copies"):
+            checks.integer(name, getattr(self, name), 1)
+        diffusion.process(self.schedule, self.num_steps)
+        checks.real("temperature", self.temperature, "[0, inf)")
+        if self.clip is not None:
+            checks.real("clip", self.clip, "(0, inf)")
 
     def init(self, rng: np.random.Generator, condition_dim: int, dtype: npt.DTypeLike) -> Tree:
         """Draw the network."""
@@ -139,6 +151,17 @@ class CrossEntropy:
     codes: Array
     temperature: float = 1.0
 
+    def __post_init__(self) -> None:
+        if np.ndim(self.codes) != 2:
+            shape = list(np.shape(self.codes))
+            raise ValueError(f"codes: shape {shape}, expected [num_codes, token_dim]")
+        checks.real("temperature", self.temperature, "(0, inf)")
+
+    @property
+    def token_dim(self) -> int:
+        """Numbers of a token."""
+        return int(self.codes.shape[1])
+
     def init(self, rng: np.random.Generator, condition_dim: int, dtype: npt.DTypeLike) -> Tree:
         """Draw a linear layer: z to logits."""
         return xavier.init(rng, condition_dim, len(self.codes), dtype)
@@ -183,6 +206,9 @@ class SquaredError:
     """
 
     token_dim: int
+
+    def __post_init__(self) -> None:
+        checks.integer("token_dim", self.token_dim, 1)
 
     def init(self, rng: np.random.Generator, condition_dim: int, dtype: npt.DTypeLike) -> Tree:
         """Draw a linear layer: z to a token."""

@@ -36,6 +36,11 @@ class Variant:
 
     def __post_init__(self) -> None:
         checks.choice("order", self.order, ORDERS)
+        if self.head.token_dim != self.backbone.token_dim:
+            raise ValueError(
+                f"head: token_dim {self.head.token_dim}, expected {self.backbone.token_dim} as of "
+                "the backbone"
+            )
 
     def init(self, rng: np.random.Generator, dtype: npt.DTypeLike = np.float64) -> Tree:
         """Draw the parameters of the backbone, and ``head``."""
