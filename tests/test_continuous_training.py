@@ -275,7 +275,6 @@ def test_diverged_training_says_in_which_step():
         ({"num_steps": 0}, "num_steps: received 0"),
         ({"warmup_steps": 6}, r"warmup_steps: received 6, expected an integer in \[0, 5\]"),
         ({"average_decay": 1.0}, "average_decay: received 1.0"),
-        ({"average_warmup": "false"}, "average_warmup: received str, expected bool"),
         ({"schedule": "linear"}, "schedule: received 'linear'"),
         ({"mask_schedule": "square"}, "mask_schedule: received 'square'"),
         ({"decay": "all"}, "decay: received 'all', expected one of published, kernels"),
@@ -286,6 +285,11 @@ def test_diverged_training_says_in_which_step():
 def test_a_config_out_of_range_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(CONFIG, **changes)
+
+
+def test_a_word_is_no_truth_value():
+    with pytest.raises(TypeError, match="average_warmup: received str, expected bool"):
+        dataclasses.replace(CONFIG, average_warmup="false")
 
 
 def test_what_does_not_fit_is_refused():
