@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import marref
 from marref import chance, decoding, masking, trees
-from marref.fast import forward
+from marref.fast import block
 from marref.layers import class_embedding
 from marref.verify.gradients import check_gradients, check_layer
 
@@ -246,7 +246,7 @@ def test_the_error_of_one_member_leaves_no_thread_waiting_for_the_pass_without_c
     monkeypatch, failing_call
 ):
     """A member that fails late in the first pass, when the other one waits in the second."""
-    original = forward._finish
+    original = block.finished
     calls = []
 
     def failing(*arguments):
@@ -256,7 +256,7 @@ def test_the_error_of_one_member_leaves_no_thread_waiting_for_the_pass_without_c
             raise ZeroDivisionError
         return original(*arguments)
 
-    monkeypatch.setattr(forward, "_finish", failing)
+    monkeypatch.setattr(block, "finished", failing)
     with pytest.raises(ZeroDivisionError):
         marref.iterative_decode(MODEL, PARAMS, labels=[1], guidance_scale=2.0, num_threads=2)
 

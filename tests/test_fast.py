@@ -16,7 +16,7 @@ from scipy.special import ndtr
 
 import marref
 from marref import decoding, model, optim, trees
-from marref.fast import block, forward, gelu, kernels, memory, packed, parallel, pieces, training
+from marref.fast import block, gelu, kernels, memory, packed, parallel, pieces, training
 from marref.fast import decoding as fast_decoding
 from marref.fast import optim as fast_optim
 from marref.layers import attention
@@ -373,7 +373,7 @@ def test_logits_are_made_a_few_at_a_time(monkeypatch):
 def test_the_error_of_one_member_is_seen_and_leaves_no_thread_waiting(monkeypatch):
     mar = marref.build(vocab_size=8, embed_dim=4, num_layers=3, num_heads=1, seq_len=7)
     params = strategies.random_params(mar, np.random.default_rng(0))
-    original = forward._finish
+    original = block.finished
     calls = []
 
     def failing(*arguments):
@@ -382,7 +382,7 @@ def test_the_error_of_one_member_is_seen_and_leaves_no_thread_waiting(monkeypatc
             raise ZeroDivisionError
         return original(*arguments)
 
-    monkeypatch.setattr(forward, "_finish", failing)
+    monkeypatch.setattr(block, "finished", failing)
     with pytest.raises(ZeroDivisionError):
         marref.iterative_decode(mar, params, num_threads=2)
 
