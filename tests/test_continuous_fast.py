@@ -7,8 +7,9 @@ import pytest
 
 from marref import continuous, trees
 from marref.continuous import loss, sampling, training
-from marref.continuous.fast import network
+from marref.continuous.fast import network, packed
 from marref.continuous.fast import training as fast
+from marref.continuous.layers import network as definition
 from marref.continuous.layers import silu
 from marref.fast import parallel
 
@@ -153,6 +154,23 @@ def test_samples_are_the_definition_s(setting, cores, monkeypatch):
     found = continuous.sample(MODEL, params, **options)
     assert found.dtype == expected.dtype
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-9 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 5e-4)])
+def test_the_packed_network_is_the_definition_s_in_its_dtype_and_far_out_too(dtype, tolerance):
+    params = drawn(MODEL, dtype=dtype)[0]["diffusion"]
+    rng = np.random.default_rng(3)
+    x, z = (rng.normal(size=(9, size)).astype(dtype) for size in (8, 16))
+    # SiLU of these is 0, and exp of them overflows.
+    params["condition"]["bias"][:3] = -800.0
+    times = rng.integers(1000, size=9)
+    expected, _ = definition.forward(params, x, times, z)
+    y = network.time_forward(params, times, dtype)[0]
+    y += z @ params["condition"]["kernel"] + params["condition"]["bias"]
+    with np.errstate(all="raise", under="ignore"):
+        found = packed.forward(packed.pack(params), x, y)
+    assert found.dtype == dtype
+    np.testing.assert_allclose(found, expected, rtol=0, atol=tolerance * np.abs(expected).max())
 
 
 def test_the_definition_can_be_asked_for():

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from marref.continuous import diffusion, sampling
-from marref.continuous.fast import network, transformer
+from marref.continuous.fast import network, packed, transformer
 from marref.continuous.model import ContinuousMAR
 from marref.continuous.sampling import Plan
 from marref.fast import memory, parallel
@@ -25,7 +25,8 @@ class Sampler(sampling.Sampler):
 
     def __init__(self, model: ContinuousMAR, params: Tree, steps: diffusion.Process) -> None:
         super().__init__(model, params, steps)
-        self.packed = transformer.pack_model(model, params)
+        self.transformer = transformer.pack_model(model, params)
+        self.network = packed.pack(params["diffusion"])
         self.times, _ = network.time_forward(params["diffusion"], steps.timestep, self.dtype)
 
     def run(self, plan: Plan) -> Array:
@@ -45,7 +46,7 @@ class Sampler(sampling.Sampler):
         found, masked, now = (np.concatenate([x] * count) for x in (found, masked, now))
         labels = np.concatenate(classes)
         z, _ = transformer.forward(
-            self.model, self.params, self.packed, found, labels, masked, now, keep=False
+            self.model, self.params, self.transformer, found, labels, masked, now, keep=False
         )
         return count, linear(z, **self.params["diffusion"]["condition"])
 
@@ -53,7 +54,7 @@ class Sampler(sampling.Sampler):
         """Run the network on noisy tokens, for all classes in one pass."""
         count, condition = conditions
         y = condition + self.times[index]
-        output, _ = network.forward(self.params["diffusion"], np.concatenate([x] * count), y)
+        output = packed.forward(self.network, np.concatenate([x] * count), y)
         return np.split(output, count)
 
 
