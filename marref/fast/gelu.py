@@ -37,7 +37,7 @@ _CHUNK = 2**15
 
 
 def value(x: Array, gelu: str) -> Array:
-    """Compute GELU(x).
+    """Compute GELU(x), over ``x`` itself.
 
     Parameters
     ----------
@@ -48,13 +48,13 @@ def value(x: Array, gelu: str) -> Array:
     Returns
     -------
     array
-        Of the shape and dtype of ``x``.
+        ``x``.
     """
-    y = np.empty_like(x)
+    scratch = np.empty(min(x.size, _CHUNK), x.dtype)
     with np.errstate(over="ignore"):
-        for source, target in _chunks(x, y):
-            _value(source, gelu, target)
-    return y
+        for (part,) in _chunks(x):
+            _value(part, gelu, scratch[: part.size])
+    return x
 
 
 def value_and_slope(x: Array, gelu: str) -> tuple[Array, Array]:
@@ -87,14 +87,12 @@ def _chunks(*arrays: Array) -> list[tuple[Array, ...]]:
     ]
 
 
-def _value(x: Array, gelu: str, y: Array) -> None:
+def _value(x: Array, gelu: str, scratch: Array) -> None:
     if gelu == "erf" and x.dtype != np.float32:
-        ndtr(x, out=y)
-        y *= x
+        x *= ndtr(x, out=scratch)
         return
-    odds = np.multiply(x, x, out=y)
-    odds = _odds_of_erf(x, odds) if gelu == "erf" else _odds_of_tanh(x, odds)
-    np.divide(x, odds, out=y)
+    square = np.multiply(x, x, out=scratch)
+    x /= _odds_of_erf(x, square) if gelu == "erf" else _odds_of_tanh(x, square)
 
 
 def _value_and_slope(x: Array, gelu: str, slope: Array) -> None:
