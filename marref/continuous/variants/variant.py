@@ -6,10 +6,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from marref import checks, schedules
+from marref import checks, masking, schedules
 from marref.continuous import tokens
 from marref.continuous.loss import masked_by
-from marref.continuous.model import ContinuousMAR
+from marref.continuous.model import ContinuousMAR, num_masked
 from marref.continuous.variants.causal import CausalMAR
 from marref.continuous.variants.heads import Head
 from marref.trees import Array, Tree
@@ -59,17 +59,14 @@ class Variant:
             ``orders``, ``num_masked`` (all of a causal model) and ``label_dropped`` as of
             `ContinuousMAR.draw`, and ``head``.
         """
-        backbone = self.backbone
-        if isinstance(backbone, ContinuousMAR):
-            drawn = backbone.draw(rng, batch_size, mask_schedule=mask_schedule)
-            num_masked = drawn["num_masked"]
-        else:
-            num_masked = backbone.length
+        count = length = self.backbone.length
+        if isinstance(self.backbone, ContinuousMAR):
+            count = num_masked(length, masking.sample_mask_ratio(rng, mask_schedule))
         return {
             "orders": self._orders(rng, batch_size),
-            "num_masked": num_masked,
-            "label_dropped": rng.random(batch_size) < backbone.label_drop,
-            "head": self.head.draw(rng, batch_size * num_masked),
+            "num_masked": count,
+            "label_dropped": rng.random(batch_size) < self.backbone.label_drop,
+            "head": self.head.draw(rng, batch_size * count),
         }
 
     def loss_and_grads(
