@@ -14,9 +14,10 @@ from marref import data, files
 from marref.cli import arguments
 from marref.continuous.run import RunConfig
 from marref.data.codecs import KINDS
-from marref.training import models, runs
+from marref.training import models, ranks, runs
 from marref.training.config import AnyConfig, Config, from_told, kind_of
 from marref.training.loop import RunRecord
+from marref.training.ranks import Ranks
 
 _HELP = {
     "embed_dim": "width of the model",
@@ -46,6 +47,8 @@ _HELP = {
     "keep": "how many of the newest checkpoints are kept",
     "validation_fraction": "of the data, set aside; 0: no validation",
     "num_threads": "threads that share the work",
+    "num_shards": "parts of a step that processes share, 8 under mpiexec; see docs/scaling.md",
+    "reduce": "how shards are added: exact or fast",
     "schedule": "of the learning rate: constant or cosine",
     "average_warmup": "whether the average is short at first: true or false",
     "num_parts": "parts of a batch, which cores share",
@@ -156,20 +159,34 @@ def _type_of(field: dataclasses.Field[Any]) -> type:
 
 
 def _run(parsed: argparse.Namespace) -> int:
+    processes = ranks.world()
+    with processes.ending_together():
+        return _train(parsed, processes)
+
+
+def _train(parsed: argparse.Namespace, processes: Ranks) -> int:
+    train = _resume if parsed.resume else _start
     try:
-        run = _resume(parsed) if parsed.resume else _start(parsed)
+        run = train(parsed, processes)
     except KeyboardInterrupt as error:
-        _say_how_to_go_on(parsed.out, str(error))
+        if processes.is_first:
+            _say_how_to_go_on(parsed.out, str(error))
         return 130
     except SystemExit:  # SIGTERM
-        _say_how_to_go_on(parsed.out, "stopped")
+        if processes.is_first:
+            _say_how_to_go_on(parsed.out, "stopped")
         raise
-    print(f"Done. Sample from it: marref sample {parsed.out}")
+    if processes.is_first:
+        _say_the_end(parsed.out, run)
+    return 0
+
+
+def _say_the_end(out: Path, run: runs.Run) -> None:
+    print(f"Done. Sample from it: marref sample {out}")
     validated = [(r.validation, r.step) for r in run.history if r.validation is not None]
     if validated:
         best, step = min(validated)
         print(f"Best validation: {_measure(run.history[-1], best)}, step {step}.")
-    return 0
 
 
 def _measure(record: runs.AnyRecord, validation: float) -> str:
@@ -178,11 +195,14 @@ def _measure(record: runs.AnyRecord, validation: float) -> str:
     return f"squared error {validation:.4f}"
 
 
-def _start(parsed: argparse.Namespace) -> runs.Run:
+def _start(parsed: argparse.Namespace, processes: Ranks) -> runs.Run:
     if not parsed.data:
         raise ValueError("data: received none, expected a file, a folder or digits")
     given = {name: getattr(parsed, name) for name in _OF_DATA}
-    config = kind_of("continuous" if parsed.continuous else "discrete").from_dict(_options(parsed))
+    options = _options(parsed)
+    if processes is not ranks.ALONE:
+        options.setdefault("num_shards", ranks.DEFAULT_SHARDS)
+    config = kind_of("continuous" if parsed.continuous else "discrete").from_dict(options)
     is_folder = parsed.data[0] != "digits" and Path(parsed.data[0]).is_dir()
     if parsed.continuous and is_folder and parsed.levels is None:
         given["levels"] = _LEVELS
@@ -192,18 +212,19 @@ def _start(parsed: argparse.Namespace) -> runs.Run:
             raise ValueError("--no-labels: received with --labels, expected one of them")
         dataset = dataset.without_labels()
     config = config.resolved(dataset)
-    _say_what(dataset, config, parsed.out)
+    _say_what(dataset, config, parsed.out, processes)
     return runs.start(
         dataset,
         parsed.out,
         config,
         source=[_absolute(path) for path in parsed.data],
         labels=None if parsed.labels is None else _absolute(parsed.labels),
-        on_step=_Progress(config.num_steps),
+        on_step=_progress(config, processes),
+        processes=processes,
     )
 
 
-def _resume(parsed: argparse.Namespace) -> runs.Run:
+def _resume(parsed: argparse.Namespace, processes: Ranks) -> runs.Run:
     names = [
         *_OF_DATA,
         "no_labels",
@@ -219,8 +240,13 @@ def _resume(parsed: argparse.Namespace) -> runs.Run:
             )
     dataset = runs.read_dataset(parsed.out, parsed.data)
     config = from_told(runs.read_settings(parsed.out))
-    _say_what(dataset, config, parsed.out)
-    return runs.resume(parsed.out, dataset, on_step=_Progress(config.num_steps))
+    _say_what(dataset, config, parsed.out, processes)
+    on_step = _progress(config, processes)
+    return runs.resume(parsed.out, dataset, on_step=on_step, processes=processes)
+
+
+def _progress(config: AnyConfig, processes: Ranks) -> "_Progress | None":
+    return _Progress(config.num_steps) if processes.is_first else None
 
 
 def _options(parsed: argparse.Namespace) -> dict[str, Any]:
@@ -240,7 +266,10 @@ def _absolute(path: str) -> str:
     return path if path == "digits" else str(Path(path).absolute())
 
 
-def _say_what(dataset: data.Dataset, config: AnyConfig, out: Path) -> None:
+def _say_what(dataset: data.Dataset, config: AnyConfig, out: Path, processes: Ranks) -> None:
+    processes.warn_if_crowded(getattr(config, "num_threads", None) or 1)
+    if not processes.is_first:
+        return
     model = config.model(dataset.vocab_size, dataset.num_classes)
     if isinstance(config, Config):
         width, layers = config.embed_dim, str(config.num_layers)

@@ -5,14 +5,17 @@ discrete MAR: `init`, `step` and `validation`.  Page: docs/continuous.md.
 """
 
 import dataclasses
+import functools
 import math
+import time
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 
-from marref import chance, checks
+from marref import chance, checks, trees
 from marref.continuous import diffusion, loss, training
+from marref.continuous.fast.training import loss_and_grads
 from marref.continuous.hyperparameters import of_told_scale
 from marref.continuous.model import ContinuousMAR
 from marref.continuous.pixels import Scale, square
@@ -20,8 +23,10 @@ from marref.data import Dataset
 from marref.data.codecs import Codec
 from marref.fast import parallel
 from marref.training import config as discrete
+from marref.training import loop
 from marref.training.loop import State
-from marref.trees import Array
+from marref.training.ranks import ALONE, REDUCE, Ranks, Share
+from marref.trees import Array, Tree
 
 VALIDATION_DRAWS = 4
 """How often each held-out picture is validated with, under masks, times and noise of its own."""
@@ -51,6 +56,9 @@ class RunConfig(training.Config):
         How many checkpoints are kept, the newest; beside them the best by validation.
     validation_fraction : float
         How much of the data to set aside, in [0, 1); 0: no validation.
+    num_shards, reduce
+        As of `marref.training.config.Config`; with shards ``num_parts`` is nothing to them, and
+        each has a mask ratio of its own.
 
     Raises
     ------
@@ -84,6 +92,8 @@ class RunConfig(training.Config):
     checkpoint_every: int | None = None
     keep: int = 3
     validation_fraction: float = 0.1
+    num_shards: int | None = None
+    reduce: str = "exact"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -91,6 +101,9 @@ class RunConfig(training.Config):
             if getattr(self, name) is not None:
                 checks.integer(name, getattr(self, name), 1)
         checks.real("validation_fraction", self.validation_fraction, "[0, 1)")
+        if self.num_shards is not None:
+            checks.integer("num_shards", self.num_shards, 1, self.batch_size)
+        checks.choice("reduce", self.reduce, REDUCE)
         if self.pixel_mean is not None:
             checks.real("pixel_mean", self.pixel_mean, "(-inf, inf)")
         if self.pixel_std is not None:
@@ -164,13 +177,55 @@ init = training.init
 
 
 def step(
-    config: RunConfig, model: ContinuousMAR, dataset: Dataset, state: State, number: int
+    config: RunConfig,
+    model: ContinuousMAR,
+    dataset: Dataset,
+    state: State,
+    number: int,
+    processes: Ranks = ALONE,
 ) -> tuple[State, training.StepRecord]:
     """Take a step of a run; see `marref.training.loop.step`."""
-    index = dataset.draw_index(chance.generator(config.seed, "batch", number), config.batch_size)
+    if config.num_shards is None:
+        images, labels = _batch(config, model, dataset, config.batch_size, number)
+        return training.step(config, model, images, labels, state)
+    start = time.perf_counter()
+    of_shard = functools.partial(_of_shard, config, model, dataset, state.params, number)
+    features = config.batch_size * (model.buffer_size + model.length) * model.decoder_dim
+    with loop.divergence_named(number):
+        losses, grads = processes.mean(
+            of_shard,
+            config.num_shards,
+            state.params,
+            num_threads=processes.threads(None, features),
+            reduce=config.reduce,
+        )
+        return training.update(
+            config, state, grads, losses, start, config.batch_size * model.length
+        )
+
+
+def _of_shard(
+    config: RunConfig, model: ContinuousMAR, dataset: Dataset, params: Tree, number: int, shard: int
+) -> Share:
+    """Compute the sums over a shard's rows of the loss, of its two parts."""
+    parts = parallel.split(config.batch_size, config.num_shards or 1)
+    count = parts[shard].stop - parts[shard].start
+    images, labels = _batch(config, model, dataset, count, number, shard)
+    rng = chance.generator(config.seed, "diffusion", number, shard)
+    draws = model.draw(rng, count, mask_schedule=config.mask_schedule)
+    found = loss_and_grads(model, params, images, labels, draws, 1)
+    weight = count * draws["num_masked"]
+    grads = trees.map_leaves(lambda leaf: leaf * weight, found.grads)
+    return Share(weight, (weight * found.squared_error, weight * found.bound), grads)
+
+
+def _batch(
+    config: RunConfig, model: ContinuousMAR, dataset: Dataset, count: int, *numbers: int
+) -> tuple[Array, Array]:
+    """Draw pictures, and their labels, by the step and the shard if there are any."""
+    index = dataset.draw_index(chance.generator(config.seed, "batch", *numbers), count)
     images = config.scale(dataset.codec).to_images(dataset.rows(index))
-    labels = model.check_labels(dataset.labels_at(index), len(images))
-    return training.step(config, model, images, labels, state)
+    return images, model.check_labels(dataset.labels_at(index), count)
 
 
 def validation(

@@ -14,7 +14,7 @@ docs/continuous.md.
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -256,25 +256,46 @@ def step(
         len(images),
         mask_schedule=config.mask_schedule,
     )
-    rate = config.learning_rate_at(number)
     with loop.divergence_named(number):
-        grads, squared_error, bound = loss_and_grads(
+        grads, *losses = loss_and_grads(
             model, state.params, images, labels, draws, config.num_parts
         )
-        optimiser, grad_norm = run_step(
-            state.params,
-            grads,
-            state.optimiser,
-            state.average,
-            rate,
-            beta1=BETA1,
-            beta2=BETA2,
-            max_norm=config.max_norm,
-            weight_decay=config.weight_decay,
-            decay=decayed(state.params, config.decay),
-            average_decay=config.average_decay_at(number),
-        )
-    speed = len(images) * model.length / (time.perf_counter() - start)
-    loss = squared_error + bound
-    record = StepRecord(number + 1, loss, grad_norm, rate, speed, squared_error, bound)
+        return update(config, state, grads, losses, start, len(images) * model.length)
+
+
+def update(
+    config: Config, state: State, grads: Tree, losses: Sequence[float], start: float, tokens: int
+) -> tuple[State, StepRecord]:
+    """Move the parameters along the gradients of a step, and say what happened.
+
+    Parameters
+    ----------
+    config : Config
+    state : State
+        Its arrays are written over.
+    grads : dict
+    losses : sequence of float
+        The squared error and the bound.
+    start : float
+        When the step began, in seconds.
+    tokens : int
+        Of the batch.
+    """
+    number = int(state.optimiser["step"])
+    rate = config.learning_rate_at(number)
+    optimiser, grad_norm = run_step(
+        state.params,
+        grads,
+        state.optimiser,
+        state.average,
+        rate,
+        beta1=BETA1,
+        beta2=BETA2,
+        max_norm=config.max_norm,
+        weight_decay=config.weight_decay,
+        decay=decayed(state.params, config.decay),
+        average_decay=config.average_decay_at(number),
+    )
+    speed = tokens / (time.perf_counter() - start)
+    record = StepRecord(number + 1, sum(losses), grad_norm, rate, speed, *losses)
     return State(state.params, optimiser, state.average), record

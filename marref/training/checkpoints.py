@@ -249,18 +249,18 @@ def state_of(
         part, _, leaf = name.partition("/")
         # What was read may be a view of the file's bytes, which cannot be written to.
         parts.setdefault(part, {})[leaf] = np.array(array)
-    expected = {"params", "first_moment", "second_moment"}
-    expected |= {"average"} if averaged else set()
-    if parts.keys() != expected:
+    expected = ["params", "first_moment", "second_moment", *["average"] * averaged]
+    if parts.keys() != set(expected):
         raise ValueError(f"holds {', '.join(parts)}, expected {', '.join(sorted(expected))}")
-    for part, leaves in parts.items():
+    for part in expected:
+        leaves = parts[part]
         received = trees.check_like(part, trees.unflatten(leaves), shapes)
         if received != dtype:
             raise TypeError(f"{part}: dtype {received}, expected {dtype}")
         parts[part] = trees.unflatten({name: leaves[name] for name in shapes})
-    average = parts.pop("average", None)
-    params = parts.pop("params")
-    return State(params, {"step": np.array(step, np.int64), **parts}, average)
+    moments = {name: parts[name] for name in ("first_moment", "second_moment")}
+    optimiser = {"step": np.array(step, np.int64), **moments}
+    return State(parts["params"], optimiser, parts.get("average"))
 
 
 def checksum(arrays: dict[str, Array], metadata: dict[str, Any]) -> int:

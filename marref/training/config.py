@@ -9,6 +9,7 @@ from marref import checks, masking, optim
 from marref.data import Dataset
 from marref.fast import parallel
 from marref.model import MAR
+from marref.training import ranks
 
 if TYPE_CHECKING:
     from marref.continuous.run import RunConfig
@@ -75,7 +76,14 @@ class Config:
     validation_fraction : float
         How much of the data to set aside, in [0, 1); 0: no validation.
     num_threads : int, optional
-        ``None``: as many as pay and there are cores where the run starts.
+        ``None``: as many as pay and there are cores where the run starts; with shards, where it
+        goes on, and one beside other processes.
+    num_shards : int, optional
+        Into how many parts the sequences of a step are cut, for several processes; with them the
+        bits do not depend on how many processes and threads there are.  ``None``: none, for one
+        process.  See `marref.training.ranks`.
+    reduce : {"exact", "fast"}
+        How shards are added; with ``"fast"`` the last digits depend on the number of processes.
 
     Raises
     ------
@@ -112,6 +120,8 @@ class Config:
     keep: int = 3
     validation_fraction: float = 0.1
     num_threads: int | None = None
+    num_shards: int | None = None
+    reduce: str = "exact"
 
     def __post_init__(self) -> None:
         steps = checks.integer("num_steps", self.num_steps, 1, 2**32 - 1)
@@ -124,6 +134,7 @@ class Config:
             ("validate_every", 1, None),
             ("checkpoint_every", 1, None),
             ("num_threads", 1, None),
+            ("num_shards", 1, self.batch_size * self.accumulate),
         ):
             if getattr(self, name) is not None:
                 self._set(name, checks.integer(name, getattr(self, name), minimum, maximum))
@@ -142,6 +153,7 @@ class Config:
         checks.choice("mask_per", self.mask_per, MASKED_PER)
         checks.choice("mask_schedule", self.mask_schedule, masking.SCHEDULES)
         checks.choice("dtype", self.dtype, DTYPES)
+        checks.choice("reduce", self.reduce, ranks.REDUCE)
         self._model(2, 1 if self.seq_len is None else self.seq_len, None)
 
     @classmethod
@@ -161,8 +173,10 @@ class Config:
             "average_decay": min(max(0.0, 1.0 - 10.0 / self.num_steps), 0.9999),
             "validate_every": tenth,
             "checkpoint_every": tenth,
-            "num_threads": parallel.choose(None, features, parallel.FEATURES_WORTH_A_THREAD),
         }
+        if self.num_shards is None:
+            worth = parallel.FEATURES_WORTH_A_THREAD
+            found["num_threads"] = parallel.choose(None, features, worth)
         if length < dataset.length:
             raise ValueError(
                 f"seq_len: received {length}, expected at least the length of the data's "

@@ -17,12 +17,13 @@ import numpy.typing as npt
 
 from marref import chance, checks, masking, optim, trees
 from marref.data import Dataset
-from marref.fast import adam_step, logits, loss_and_grads
+from marref.fast import adam_step, logits, loss_and_grads, parallel
 from marref.fast.optim import run_step
 from marref.masking import drop_labels, mask_tokens, sample_mask_ratio
 from marref.model import MAR, check_model
 from marref.training.config import Config
 from marref.training.evaluation import bits_per_token
+from marref.training.ranks import ALONE, Ranks, Share
 from marref.trees import Array, Tree
 
 VALIDATION_RATIOS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -253,7 +254,12 @@ def init(config: Config, model: MAR) -> State:
 
 
 def step(
-    config: Config, model: MAR, dataset: Dataset, state: State, number: int
+    config: Config,
+    model: MAR,
+    dataset: Dataset,
+    state: State,
+    number: int,
+    processes: Ranks = ALONE,
 ) -> tuple[State, StepRecord]:
     """Take a step of a run.
 
@@ -267,11 +273,14 @@ def step(
         Its arrays are written over.
     number : int
         How many steps were taken before.
+    processes : Ranks
+        Who share the shards, if the config has any.
 
     Returns
     -------
     state : State
-        A function of the arguments and nothing else, to the bit.
+        A function of the arguments and nothing else, to the bit; and not of the processes unless
+        the config reduces fast.
     record : StepRecord
 
     Raises
@@ -280,10 +289,21 @@ def step(
         Logits or gradients are no longer finite: training diverged.
     """
     start = time.perf_counter()
-    batch = _batch(config, model, dataset, number)
+    size = config.accumulate * config.batch_size * dataset.length
+    num_threads = config.num_threads
     rate = config.learning_rate_at(number)
     with divergence_named(number):
-        loss, grads = _loss_and_grads(config, model, state.params, batch, number)
+        if config.num_shards is None:
+            loss, grads = _loss_and_grads(config, model, dataset, state.params, number)
+        else:
+            num_threads = processes.threads(num_threads, size * model.embed_dim)
+            (loss,), grads = processes.mean(
+                functools.partial(_of_shard, config, model, dataset, state.params, number),
+                config.num_shards,
+                state.params,
+                num_threads=num_threads,
+                reduce=config.reduce,
+            )
         optimiser, grad_norm = run_step(
             state.params,
             grads,
@@ -294,16 +314,18 @@ def step(
             weight_decay=config.weight_decay,
             decay=config.decay,
             average_decay=config.average_decay or 0.0,
-            num_threads=config.num_threads,
+            num_threads=num_threads,
         )
-    speed = batch.targets.size / (time.perf_counter() - start)
+    speed = size / (time.perf_counter() - start)
     record = StepRecord(number + 1, loss, grad_norm, rate, speed)
     return State(state.params, optimiser, state.average), record
 
 
 def validation(config: Config, model: MAR, held_out: Dataset, index: Array, state: State) -> float:
     """Measure the bits per masked token of some sequences of a dataset; see `RunRecord`."""
-    predict = functools.partial(logits, model, state.averaged, num_threads=config.num_threads)
+    # With shards the bits do not depend on how many threads there are.
+    num_threads = config.num_threads if config.num_shards is None else 1
+    predict = functools.partial(logits, model, state.averaged, num_threads=num_threads)
     bits = [
         bits_per_token(
             predict,
@@ -319,7 +341,7 @@ def validation(config: Config, model: MAR, held_out: Dataset, index: Array, stat
 
 
 class _Batch(NamedTuple):
-    """All sequences of a step, [accumulate·batch_size, length]."""
+    """Sequences of a step, [batch, length]: all, or those of a shard."""
 
     inputs: Array
     targets: Array
@@ -327,30 +349,54 @@ class _Batch(NamedTuple):
     labels: Array | None
 
 
-def _batch(config: Config, model: MAR, dataset: Dataset, number: int) -> _Batch:
-    count = config.accumulate * config.batch_size
-    index = dataset.draw_index(chance.generator(config.seed, "batch", number), count)
+def _batch(config: Config, model: MAR, dataset: Dataset, count: int, *numbers: int) -> _Batch:
+    """Draw so many sequences by the step, and the shard if there are any."""
+    index = dataset.draw_index(chance.generator(config.seed, "batch", *numbers), count)
     targets, labels = dataset.rows(index), None
     if dataset.labels is not None and model.num_classes is not None:
-        rng = chance.generator(config.seed, "label", number)
+        rng = chance.generator(config.seed, "label", *numbers)
         labels = drop_labels(dataset.labels[index], config.label_drop, rng, model.num_classes)
-    rng = chance.generator(config.seed, "mask", number)
+    rng = chance.generator(config.seed, "mask", *numbers)
     ratio: float | Array
     if config.mask_per == "batch":
-        ratio = sample_mask_ratio(rng, config.mask_schedule)
+        step, *shard = numbers
+        of_step = chance.generator(config.seed, "mask", step) if shard else rng
+        ratio = sample_mask_ratio(of_step, config.mask_schedule)
     else:
         ratio = sample_mask_ratio(rng, config.mask_schedule, size=count)
     inputs, mask = mask_tokens(targets, ratio, rng)
     return _Batch(inputs, targets, mask, labels)
 
 
+def _of_shard(
+    config: Config, model: MAR, dataset: Dataset, params: Tree, number: int, shard: int
+) -> Share:
+    """Compute the sums of a shard over its masked positions."""
+    parts = parallel.split(config.accumulate * config.batch_size, config.num_shards or 1)
+    batch = _batch(config, model, dataset, parts[shard].stop - parts[shard].start, number, shard)
+    loss, grads = loss_and_grads(
+        model,
+        params,
+        batch.inputs,
+        batch.targets,
+        batch.mask,
+        chance.generator(config.seed, "dropout", number, shard),
+        label_smoothing=config.label_smoothing,
+        labels=batch.labels,
+        num_threads=1,
+    )
+    weight = int(batch.mask.sum())
+    return Share(weight, (weight * float(loss),), trees.map_leaves(lambda g: g * weight, grads))
+
+
 def _loss_and_grads(
-    config: Config, model: MAR, params: Tree, batch: _Batch, number: int
+    config: Config, model: MAR, dataset: Dataset, params: Tree, number: int
 ) -> tuple[float, Tree]:
-    """Compute those of the whole batch, batch_size sequences at a time.
+    """Compute those of a step without shards, batch_size sequences at a time.
 
     The loss is a mean over masked positions, so each part has the weight of its share of them.
     """
+    batch = _batch(config, model, dataset, config.accumulate * config.batch_size, number)
     loss, sums = 0.0, dict[str, Array]()
     num_masked = int(batch.mask.sum())
     for part in range(config.accumulate):

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import importlib.util
 import json
+import math
 import os
 import signal
 import threading
@@ -32,6 +33,7 @@ from marref.training import checkpoints, loop
 from marref.training.checkpoints import Checkpoint
 from marref.training.config import AnyConfig, Config, as_told, from_told
 from marref.training.loop import VALIDATION_RATIOS, RunRecord, State
+from marref.training.ranks import ALONE, Ranks
 from marref.trees import Array
 
 if TYPE_CHECKING:
@@ -90,6 +92,7 @@ def start(
     labels: str | None = None,
     on_step: Callable[[AnyRecord], None] | None = None,
     on_state: Callable[[AnyRecord, State], None] | None = None,
+    processes: Ranks = ALONE,
 ) -> Run:
     """Train on a dataset into a new folder.
 
@@ -111,6 +114,9 @@ def start(
         Called before ``on_step`` with the record and the `State`: parameters, moments, average.
         The next step writes over the arrays, so what is to be kept must be copied; to write to
         them is another training, which does not resume to the same.
+    processes : Ranks
+        Those that train together, all of which call this: `marref.training.ranks.world()` under
+        ``mpiexec``.  The first writes the folder.  An error in one must end all; see there.
 
     Returns
     -------
@@ -119,7 +125,7 @@ def start(
     Raises
     ------
     TypeError, ValueError
-        The options do not fit the data, or the folder holds a run already.
+        The options do not fit the data or the processes, or the folder holds a run already.
     OSError
         Something cannot be written; the checkpoints before it are whole.
     FloatingPointError
@@ -129,7 +135,9 @@ def start(
         checkpoint written, from which `resume` goes on.  A second signal stops at once.
     """
     loop.check_callbacks(on_step, on_state)
-    job = _job(dataset, Path(out), (config or Config()).resolved(dataset))
+    job = _job(dataset, Path(out), (config or Config()).resolved(dataset), processes)
+    if not processes.is_first:
+        return _go_on(job, on_step, on_state)
     with _made(job), _alone(job.out):
         if job.settings.exists() or checkpoints.found(job.checkpoints):
             raise ValueError(f"{job.out}: holds a run already; resume it or choose another folder")
@@ -149,6 +157,7 @@ def resume(
     *,
     on_step: Callable[[AnyRecord], None] | None = None,
     on_state: Callable[[AnyRecord, State], None] | None = None,
+    processes: Ranks = ALONE,
 ) -> Run:
     """Go on with a run from its newest checkpoint, or from its start if there is none yet.
 
@@ -160,15 +169,17 @@ def resume(
         The same data as at the start.
     on_step, on_state : callable, optional
         As in `start`.
+    processes : Ranks
+        As in `start`; with shards it may be another number of them.
 
     Returns
     -------
     Run
         The same, to the bit, as that of a run that never stopped, but for its
         ``tokens_per_second``: on the same machine, with the same versions of NumPy and SciPy.
-        The number of threads (of the continuous model: of parts) is that of the start, whatever
-        machine goes on, since it decides in which order numbers are added.  Of a run that had ended
-        already, its result.
+        Without shards the number of threads (of the continuous model: of parts) is that of the
+        start, whatever machine goes on, since it decides in which order numbers are added.  Of a
+        run that had ended already, its result.
 
     Raises
     ------
@@ -184,13 +195,15 @@ def resume(
     """
     loop.check_callbacks(on_step, on_state)
     settings = read_settings(out)
-    job = _job(dataset, Path(out), from_told(settings))
+    job = _job(dataset, Path(out), from_told(settings), processes)
     for name, found in _described(job, dataset).items():
         # The options of a run are those that it was started with, and these alone.
         if name != "config" and found != settings.get(name):
             raise ValueError(
                 f"dataset: its {name} is {found}, expected {settings.get(name)} as in the run"
             )
+    if not processes.is_first:
+        return _go_on(job, on_step, on_state)
     with _alone(job.out):
         return _go_on(job, on_step, on_state)
 
@@ -359,6 +372,7 @@ class _Job(NamedTuple):
     codec: dict[str, Any]
     vocab_size: int
     loop: Any
+    processes: Ranks
 
     @property
     def settings(self) -> Path:
@@ -382,14 +396,20 @@ def _loop(config: AnyConfig) -> Any:
     return run
 
 
-def _job(dataset: Dataset, out: Path, config: AnyConfig) -> _Job:
+def _job(dataset: Dataset, out: Path, config: AnyConfig, processes: Ranks) -> _Job:
+    if processes.count > (config.num_shards or 1):
+        raise ValueError(
+            f"num_shards: received {config.num_shards}, expected at least as many as there are "
+            f"processes, {processes.count}"
+        )
     model = config.model(dataset.vocab_size, dataset.num_classes)
     train, held_out = dataset, None
     if config.validation_fraction:
         train, validation = dataset.split(config.validation_fraction, config.seed)
         held_out = validation, spread_index(validation, VALIDATION_SEQUENCES)
     codec = dataset.codec.as_dict()
-    return _Job(out, config, model, train, held_out, codec, dataset.vocab_size, _loop(config))
+    size = dataset.vocab_size
+    return _Job(out, config, model, train, held_out, codec, size, _loop(config), processes)
 
 
 def _described(job: _Job, dataset: Dataset) -> dict[str, Any]:
@@ -421,22 +441,21 @@ def _go_on(
     on_state: Callable[[AnyRecord, State], None] | None,
 ) -> Run:
     """Train from the newest checkpoint to the end."""
-    for folder in (job.out, job.checkpoints):
-        files.remove_stale(folder)
-    newest = checkpoints.latest(job.checkpoints)
-    first = 0 if newest is None else newest.step
-    checkpoints.remove_after(job.checkpoints, first)
-    state = job.loop.init(job.config, job.model) if newest is None else newest.state
-    history = _shortened_history(job.history, first, job.loop.RunRecord)
-    # A kill may have come between a checkpoint and the removal of an old one.
-    checkpoints.clean(job.checkpoints, job.config.keep, best=_best(history))
+    processes = job.processes
+    state, history = job.loop.init(job.config, job.model), list[AnyRecord]()
+    first = 0
+    if processes.is_first:
+        first, state, history = _where_it_stands(job, state)
+    first = int(processes.told(first))
+    processes.copy(state._asdict())
     with _signals() as received:
         for number in range(first, job.config.num_steps):
             with _advice(job):
                 state, record = _step(job, state, number)
                 history.append(record)
-                _append(job.history, record)
-                saved = _is_due(job.config, history)
+                if processes.is_first:
+                    _append(job.history, record)
+                saved = processes.told(_is_due(job.config, history)) == 1.0
                 if saved:
                     _save(job, state, history)
             try:
@@ -444,24 +463,41 @@ def _go_on(
                     on_state(record, state)
                 if on_step is not None:
                     on_step(record)
-                _stop_if_asked(received, record.step)
+                _stop_if_asked(processes.agreed(received), record.step)
             except (KeyboardInterrupt, SystemExit):
                 if not saved:
                     _save(job, state, history)
                 raise
-    if importlib.util.find_spec("matplotlib"):
+    if processes.is_first and importlib.util.find_spec("matplotlib"):
         from marref import plots
 
         plots.loss(job.out / "loss.png", history, *job.loop.PLOTTED)
     return Run(job.config, job.model, state, history)
 
 
+def _where_it_stands(job: _Job, initial: State) -> tuple[int, State, list[AnyRecord]]:
+    """Read how many steps a folder holds, and what is known after them; clean it up."""
+    for folder in (job.out, job.checkpoints):
+        files.remove_stale(folder)
+    newest = checkpoints.latest(job.checkpoints)
+    first = 0 if newest is None else newest.step
+    checkpoints.remove_after(job.checkpoints, first)
+    history = _shortened_history(job.history, first, job.loop.RunRecord)
+    # A kill may have come between a checkpoint and the removal of an old one.
+    checkpoints.clean(job.checkpoints, job.config.keep, best=_best(history))
+    return first, initial if newest is None else newest.state, history
+
+
 def _step(job: _Job, state: State, number: int) -> tuple[State, AnyRecord]:
     """Take a step, and validate where that is due."""
-    state, record = job.loop.step(job.config, job.model, job.train, state, number)
+    processes = job.processes
+    state, record = job.loop.step(job.config, job.model, job.train, state, number, processes)
     measured = None
     if job.held_out is not None and _is_multiple(job.config, number + 1, "validate_every"):
-        measured = job.loop.validation(job.config, job.model, *job.held_out, state)
+        measured = math.nan
+        if processes.is_first:
+            measured = job.loop.validation(job.config, job.model, *job.held_out, state)
+        measured = processes.told(measured)
     return state, job.loop.RunRecord(*dataclasses.astuple(record), measured)
 
 
@@ -486,7 +522,13 @@ def _best(history: list[AnyRecord]) -> int | None:
 
 
 def _save(job: _Job, state: State, history: list[AnyRecord]) -> None:
-    """Write a checkpoint after the lines of the history that lead to it; remove old ones."""
+    """Write a checkpoint after the lines of the history that lead to it; remove old ones.
+
+    The first of several processes does, once all have the same.
+    """
+    job.processes.check_equal("state", state._asdict())
+    if not job.processes.is_first:
+        return
     for name, leaf in trees.flatten(state.params).items():
         checks.finite(name, leaf)
     with files.naming(job.history):
