@@ -1,7 +1,7 @@
 """Measure whether ``marref compare --diagnose`` keeps silent about what it does not know.
 
     python -m benchmarks.perturbations [NUM] [--kind NAME] [--subset NAME] [--precision NAME]
-                                       [--seed N] [--only N]
+                                       [--seed N] [--only N] [--quick]
 
 Draws NUM random models, perturbs a PyTorch program at a random place (the kinds take turns), and
 diagnoses subsets of what it hands over, and all of it where these do not show anything.  No name of
@@ -105,6 +105,9 @@ def main() -> None:
     parser.add_argument("--kind", choices=perturbed.KINDS)
     parser.add_argument("--subset", action="append", choices=SUBSETS)
     parser.add_argument("--precision", choices=PRECISIONS, default="float32")
+    parser.add_argument(
+        "--quick", action="store_true", help="without all, of what the subsets do not show"
+    )
     options, seeds = parsed(parser)
     counts: dict[str, collections.Counter[str]] = {}
     for seed in seeds:
@@ -115,7 +118,9 @@ def main() -> None:
             continue
         seen = False
         subsets = options.subset or QUICK
-        for subset in subsets if options.only is not None else dict.fromkeys((*subsets, "all")):
+        if not options.quick and options.only is None:
+            subsets = dict.fromkeys((*subsets, "all"))
+        for subset in subsets:
             if subset == "all" and seen:
                 continue
             result = patient.judged(subset)
