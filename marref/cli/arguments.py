@@ -114,3 +114,14 @@ def _at_least(text: str, minimum: int) -> int:
     if value < minimum:
         raise argparse.ArgumentTypeError(f"received {text}, expected an integer >= {minimum}")
     return value
+
+
+def add_processes(command: argparse.ArgumentParser) -> None:
+    """Add the option of commands whose parts do not depend on each other."""
+    command.add_argument(
+        "--processes",
+        type=positive,
+        metavar="N",
+        help="share the work among so many, of one thread each; default: this one alone, or all "
+        "that mpiexec has started",
+    )

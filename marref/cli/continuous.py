@@ -1,6 +1,8 @@
 """``marref sample`` of a run of the continuous model: pictures, by chains of diffusion steps."""
 
 import argparse
+import functools
+from concurrent.futures import Executor
 from typing import Any
 
 import numpy as np
@@ -8,12 +10,14 @@ import numpy as np
 from marref import chance, continuous
 from marref.cli import arguments
 from marref.continuous.model import ContinuousMAR
+from marref.continuous.pixels import Scale
 from marref.continuous.run import RunConfig
 from marref.data.codecs import Codec
+from marref.training import pool
 from marref.training.checkpoints import Checkpoint
 from marref.trees import Array, Tree
 
-_MOST_AT_ONCE = 64
+_MOST_AT_ONCE, _MOST_OF_A_PROCESS = 64, 16
 # Numbers, of which 2**25 take 256 MB.
 _MOST_NOISE = 2**25
 _STEPS = 16
@@ -72,7 +76,11 @@ def _check_not_given(parsed: argparse.Namespace, names: tuple[str, ...], model: 
 
 
 def sample(
-    parsed: argparse.Namespace, checkpoint: Checkpoint, codec: Codec, labels: list[int | None]
+    parsed: argparse.Namespace,
+    checkpoint: Checkpoint,
+    codec: Codec,
+    labels: list[int | None],
+    executor: Executor | None,
 ) -> Array:
     """Generate pictures; each depends on its number, and not on how many there are.
 
@@ -99,20 +107,30 @@ def sample(
         "clip": None if np.isinf(clip) else clip,
     }
     noise = options["num_diffusion_steps"] * model.length * model.token_dim
-    at_once = max(1, min(_MOST_AT_ONCE, _MOST_NOISE // noise))
-    parts = []
-    for start in range(0, parsed.num, at_once):
-        numbers = range(start, min(start + at_once, parsed.num))
-        classes = [label for label in labels[numbers.start : numbers.stop] if label is not None]
-        images = continuous.sample(
-            model,
-            checkpoint.state.averaged,
-            classes or None,
-            draws=_draws(parsed.seed, model, numbers, options["num_diffusion_steps"]),
-            **options,
-        )
-        parts.append(scale.to_tokens(images))
-    return np.concatenate(parts)
+    most = _MOST_AT_ONCE if executor is None else _MOST_OF_A_PROCESS
+    at_once = max(1, min(most, _MOST_NOISE // noise))
+    starts = range(0, parsed.num, at_once)
+    parts = [range(start, min(start + at_once, parsed.num)) for start in starts]
+    some = functools.partial(
+        _some, model, checkpoint.state.averaged, labels, parsed.seed, options, scale
+    )
+    return np.concatenate(list(pool.in_order(some, parts, executor)))
+
+
+def _some(
+    model: ContinuousMAR,
+    params: Tree,
+    labels: list[int | None],
+    seed: int,
+    options: dict[str, Any],
+    scale: Scale,
+    numbers: range,
+) -> Array:
+    """Generate the pictures of some numbers."""
+    classes = [label for label in labels[numbers.start : numbers.stop] if label is not None]
+    draws = _draws(seed, model, numbers, options["num_diffusion_steps"])
+    images = continuous.sample(model, params, classes or None, draws=draws, **options)
+    return scale.to_tokens(images)
 
 
 def _draws(seed: int, model: ContinuousMAR, numbers: range, num_steps: int) -> Tree:

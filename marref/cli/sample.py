@@ -1,6 +1,8 @@
 """``marref sample``: generate from a run, or fill in the blanks of a text."""
 
 import argparse
+import functools
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from marref.cli.pictures import shown
 from marref.continuous.run import RunConfig
 from marref.data.codecs import Bytes, Characters, Codec, Pixels, Tokenizer
 from marref.model import MAR
-from marref.training import runs
+from marref.training import pool, runs
 from marref.training.checkpoints import Checkpoint, discrete
 from marref.trees import Array, Tree
 
@@ -48,6 +50,7 @@ def add(commands: Any) -> None:
         help="default: one a blank, 16 of a run with --continuous",
     )
     rules.add_arguments(sample)
+    arguments.add_processes(sample)
     sample.add_argument("--seed", type=arguments.not_negative, default=0, help="default: 0")
     sample.add_argument(
         "--prompt",
@@ -69,6 +72,13 @@ def add(commands: Any) -> None:
 
 
 def _run(parsed: argparse.Namespace) -> int:
+    with pool.workers(parsed.processes) as (is_first, executor):
+        if is_first:
+            _generate(parsed, executor)
+    return 0
+
+
+def _generate(parsed: argparse.Namespace, executor: Executor | None) -> None:
     checkpoint = runs.best(parsed.run_folder)
     codec = data.codec_from_dict(checkpoint.codec)
     if codec.num_ids + 1 != checkpoint.vocab_size:
@@ -81,14 +91,14 @@ def _run(parsed: argparse.Namespace) -> int:
     settings = runs.read_settings(parsed.run_folder)
     labels = classes.drawn(parsed, runs.classes_of(settings))
     if isinstance(checkpoint.config, RunConfig):
-        tokens = continuous.sample(parsed, checkpoint, codec, labels)
+        tokens = continuous.sample(parsed, checkpoint, codec, labels, executor)
         for index, picture in enumerate(tokens):
             _say(picture[np.newaxis], index, codec, parsed)
         stages = tokens[np.newaxis]
     else:
-        stages = _sequences(parsed, checkpoint, codec, settings["data"]["length"], labels)
+        length = settings["data"]["length"]
+        stages = _sequences(parsed, checkpoint, codec, length, labels, executor)
     _write(stages, codec, parsed)
-    return 0
 
 
 def _sequences(
@@ -97,18 +107,19 @@ def _sequences(
     codec: Codec,
     length: int,
     labels: list[int | None],
+    executor: Executor | None,
 ) -> Array:
     """Generate with discrete MAR: [steps, num, length], all steps or the last."""
     continuous.check_discrete(parsed)
     _, model = discrete(checkpoint, "sample")
-    options = rules.settings(parsed, codec)
     start = np.zeros(length, np.int64)
     if parsed.prompt is not None:
         start = prompts.read(parsed.prompt, codec, length)
+    options = rules.settings(parsed, codec)
+    params = checkpoint.state.averaged
+    sample = functools.partial(_sample, model, params, start, labels, parsed, options)
     drawn = []
-    for index in range(parsed.num):
-        params = checkpoint.state.averaged
-        stages = _sample(model, params, start, labels[index], index, parsed, options)
+    for index, stages in enumerate(pool.in_order(sample, range(parsed.num), executor)):
         _say(stages, index, codec, parsed)
         drawn.append(stages if parsed.gif or _draws_steps(parsed) else stages[-1:])
     return _together(drawn)
@@ -118,10 +129,10 @@ def _sample(
     model: MAR,
     params: Tree,
     start: Array,
-    label: int | None,
-    index: int,
+    labels: list[int | None],
     parsed: argparse.Namespace,
     options: dict[str, Any],
+    index: int,
 ) -> Array:
     """Generate one sequence, which depends on its number and not on how many there are.
 
@@ -130,6 +141,7 @@ def _sample(
     int64 array [1 + steps, length]
         What it starts from, and the tokens after every step.
     """
+    label = labels[index]
     _, steps = marref.iterative_decode(
         model,
         params,
