@@ -1,11 +1,13 @@
 """Several processes: the same bits as one, errors that end all, and one that writes."""
 
+import collections
 import concurrent.futures
 import functools
 import hashlib
 import importlib.util
 import operator
 import os
+import queue
 import shutil
 import subprocess
 import sys
@@ -36,6 +38,7 @@ class Comm:
         self.size = size
         self.barrier = threading.Barrier(size, timeout=60)
         self.shown = [None] * size
+        self.sent = collections.defaultdict(queue.Queue)
         self.aborted = []
 
     def at(self, rank):
@@ -52,6 +55,12 @@ class _Member:
         shown = list(self.comm.shown)
         self.comm.barrier.wait()
         return shown
+
+    def Send(self, array, to):
+        self.comm.sent[self.rank, to].put(array.copy())
+
+    def Recv(self, array, source):
+        array[...] = self.comm.sent[source, self.rank].get(timeout=60)
 
     def Bcast(self, array, root):
         array[...] = self._all(array)[root]
@@ -144,10 +153,11 @@ def steps(kind, processes, num_steps=20, **options):
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_any_number_of_processes_trains_to_the_same_bits(kind):
+    num_steps = 20 if kind is Config else 6
     found = [
         of_rank
         for count in (1, 2, 3, 4)
-        for of_rank in together(count, functools.partial(steps, kind, num_shards=5))
+        for of_rank in together(count, lambda p: steps(kind, p, num_steps, num_shards=5))
     ]
     assert all(of_rank == found[0] for of_rank in found)
 
@@ -205,8 +215,10 @@ def newest(out):
 
 @pytest.mark.parametrize("kind", SMALL)
 def test_a_run_of_several_is_that_of_one(kind, tmp_path):
+    num_steps = 7 if kind is Config else 3
     for count in (1, 3):
-        results = together(count, lambda p, out=tmp_path / str(count): start(out, p, kind))
+        out = tmp_path / str(count)
+        results = together(count, lambda p, out=out: start(out, p, kind, num_steps))
         assert {bits(run.state._asdict()) for run in results} == {
             bits(newest(tmp_path / str(count)).state._asdict())
         }
@@ -217,7 +229,7 @@ def test_a_run_of_several_is_that_of_one(kind, tmp_path):
         for name in "13"
     ]
     assert validated[0] == validated[1]
-    assert len(validated[0]) == 8
+    assert len(validated[0]) == 1 + num_steps
 
 
 def test_a_run_goes_on_with_another_number_of_processes(tmp_path):

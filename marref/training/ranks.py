@@ -6,8 +6,9 @@ and computes does not depend on which process does it, and shards are added alon
     sum(first, last) = sum(first, middle) + sum(middle, last),     middle = ⌊(first + last)/2⌋
 
 MPI's own sum would not do: its order is up to the library, the number of processes and the size of
-the message.  Each process has some neighbouring shards and adds up the largest branches that are
-its own; they are handed to all others, and everyone adds the rest.  Page: docs/scaling.md.
+the message.  Each process has some neighbouring shards and adds up the branches that are its own;
+of two branches that are not, the process of the right one sends its sum to that of the left one,
+who adds it.  The whole goes from the first process to all.  Page: docs/scaling.md.
 """
 
 import contextlib
@@ -211,22 +212,30 @@ class Ranks:
         return total
 
     def _total(self, own: dict[tuple[int, int], Array], owners: list[int]) -> Array:
-        """Add up the tree, whose branches are handed from their process to all others."""
-        some = next(iter(own.values()))
+        """Add up the tree, each sum where its left branch is, and hand the whole to all."""
+        buffer = np.empty_like(next(iter(own.values())))
 
-        def total(first: int, last: int) -> Array:
+        def total(first: int, last: int) -> Array | None:
             if owners[first] == owners[last - 1]:
-                branch = own.pop((first, last), None)
-                branch = np.empty_like(some) if branch is None else branch
-                if self._comm is not None:
-                    self._comm.Bcast(branch, owners[first])
-                return branch
+                return own.pop((first, last), None)
             middle = (first + last) // 2
-            left = total(first, middle)
-            left += total(middle, last)
+            left, right = total(first, middle), total(middle, last)
+            here, there = owners[first], owners[middle]
+            if here != there and self.number == here:
+                self._comm.Recv(buffer, there)
+                right = buffer
+            elif here != there and right is not None:
+                self._comm.Send(right, here)
+                return None
+            if left is not None:
+                left += right
             return left
 
-        return total(0, len(owners))
+        whole = total(0, len(owners))
+        whole = buffer if whole is None else whole
+        if self._comm is not None:
+            self._comm.Bcast(whole, 0)
+        return whole
 
 
 ALONE = Ranks()
