@@ -1,6 +1,6 @@
 """Compare the variants of the continuous model, and what its sampler can be told, on the digits.
 
-    python -m benchmarks.paper [--steps N] [--folds N] [--seed N]
+    python -m benchmarks.paper [--steps N] [--folds N] [--seed N] [--processes N]
     python -m benchmarks.paper --plot OUT.png
 
 Every digit is held out once: each fold trains every variant on the others, generates 400 digits of
@@ -19,6 +19,7 @@ deviation of tokens along the chain of the published sampler, and of three cures
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,13 +34,14 @@ from marref.continuous.pixels import Scale
 from marref.continuous.variants import CausalMAR, CrossEntropy, Diffusion, SquaredError, Variant
 from marref.data import Dataset
 from marref.demo import quality
-from marref.fast import memory, parallel
+from marref.fast import memory
 from marref.fast.optim import run_step
+from marref.training import pool
 from marref.trees import Array, Tree
 
-STEPS, BATCH, PEAK, NUM_CODES, GENERATED = 600, 32, 2e-3, 256, 400
+STEPS, BATCH, PEAK, NUM_CODES, GENERATED = 1000, 64, 2e-3, 256, 400
 SIZES = continuous.CONFIGURATIONS["digits"]
-DIFFUSION = Diffusion(4, copies=1, num_steps=25)
+DIFFUSION = Diffusion(4, copies=2, num_steps=25)
 MASKED, CAUSAL = continuous.build(**SIZES), CausalMAR(**SIZES)
 
 
@@ -161,39 +163,21 @@ def settings(name: str) -> dict[str, tuple[dict[str, Any], int | None]]:
     return {f"{name}, {k} steps": ({}, k) for k in (16, 4)}
 
 
-def generate(variant: Variant, params: Tree, labels: Array, steps: int | None, seed: int) -> Array:
-    """Generate images, in parts that threads take."""
-    parts = parallel.split(len(labels), 4)
-
-    def of_part(part: slice) -> Array:
-        rng = chance.generator(seed, "sample", part.start)
-        return variant.sample(params, labels[part], rng, num_steps=steps)
-
-    with parallel.threads(parallel.num_cores()) as run:
-        return np.concatenate(run(of_part, parts))
-
-
-def study(num_steps: int, num_folds: int, seed: int) -> Iterator[tuple[str, list[Array]]]:
-    """Train and measure; yields rows of the table, with a column of each fold."""
+def study(fold: Fold, scale: Scale, num_steps: int, seed: int) -> dict[str, Array]:
+    """Train and measure on a fold: a row of the table for each setting."""
     memory.keep_by_default()
-    whole = data.load("digits")
-    scale = Scale.of(whole)
-    rows: dict[str, list[Array]] = {}
-    for fold in folds_of(whole, scale, num_folds, seed):
-        judge = Judge(fold, seed)
-        real = _of_classes(fold, seed)
-        rows.setdefault("real", []).append(judge.measure(fold.train_levels[real], seed))
-        for name, variant in trained_variants(scale, fold, seed).items():
-            params = fit(variant, fold, num_steps, seed)
-            for setting, (changes, steps) in settings(name).items():
-                changed = dataclasses.replace(
-                    variant,
-                    head=dataclasses.replace(variant.head, **changes),  # type: ignore[type-var]
-                )
-                images = generate(changed, params, fold.labels[:GENERATED], steps, seed)
-                levels = scale.to_tokens(images) - 1
-                rows.setdefault(setting, []).append(judge.measure(levels, seed))
-    yield from rows.items()
+    judge = Judge(fold, seed)
+    rows = {"real": judge.measure(fold.train_levels[_of_classes(fold, seed)], seed)}
+    asked = fold.labels[:GENERATED]
+    for name, variant in trained_variants(scale, fold, seed).items():
+        params = fit(variant, fold, num_steps, seed)
+        for setting, (changes, steps) in settings(name).items():
+            head = dataclasses.replace(variant.head, **changes)  # type: ignore[type-var]
+            changed = dataclasses.replace(variant, head=head)
+            rng = chance.generator(seed, "sample")
+            images = changed.sample(params, asked, rng, num_steps=steps)
+            rows[setting] = judge.measure(scale.to_tokens(images) - 1, seed)
+    return rows
 
 
 def _of_classes(fold: Fold, seed: int) -> Array:
@@ -250,20 +234,12 @@ def deviations_of(head: Diffusion, params: Tree, labels: Array) -> list[float]:
     return [float(x.std()) for x in after]
 
 
-def main() -> None:
-    """Measure and print, or draw."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper")
-    parser.add_argument("--steps", type=int, default=STEPS, help="of each training")
-    parser.add_argument("--folds", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--plot", type=Path, metavar="OUT.png")
-    parsed = parser.parse_args()
-    if parsed.plot:
-        plot(parsed.plot, parsed.steps, parsed.seed)
-        return
+def report(folds: list[dict[str, Array]]) -> None:
+    """Print a row for each setting: means, and half of what the folds differ by."""
     columns = ("class", "MMD² of pixels", "MMD² of features", "Fréchet")
     print(f"| | {' | '.join(columns)} |\n| --- |{' ---: |' * len(columns)}")
-    for name, of_folds in study(parsed.steps, parsed.folds, parsed.seed):
+    for name in folds[0]:
+        of_folds = [rows[name] for rows in folds]
         means = np.mean(of_folds, axis=0)
         halves = np.ptp(of_folds, axis=0) / 2
         cells = [
@@ -271,6 +247,26 @@ def main() -> None:
             for mean, half, digits in zip(means, halves, (1, 2, 2, 2), strict=True)
         ]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
+
+
+def main() -> None:
+    """Measure and print, or draw."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.paper")
+    parser.add_argument("--steps", type=int, default=STEPS, help="of each training")
+    parser.add_argument("--folds", type=int, default=2)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, help="each takes folds; see docs/scaling.md")
+    parser.add_argument("--plot", type=Path, metavar="OUT.png")
+    parsed = parser.parse_args()
+    if parsed.plot:
+        plot(parsed.plot, parsed.steps, parsed.seed)
+        return
+    scale = Scale.of(data.load("digits"))
+    folds = folds_of(data.load("digits"), scale, parsed.folds, parsed.seed)
+    of_fold = functools.partial(study, scale=scale, num_steps=parsed.steps, seed=parsed.seed)
+    with pool.workers(parsed.processes) as (is_first, executor):
+        if is_first:
+            report(list(pool.in_order(of_fold, folds, executor)))
 
 
 if __name__ == "__main__":
