@@ -183,7 +183,10 @@ def kill_one(process: "subprocess.Popen[bytes]", out: Path, rng: random.Random) 
     found = ranks_of(out)
     if process.poll() is not None or not found:
         return False
-    os.kill(rng.choice(found), signal.SIGKILL)
+    try:
+        os.kill(rng.choice(found), signal.SIGKILL)
+    except ProcessLookupError:  # it has just ended
+        return False
     return True
 
 

@@ -2,6 +2,7 @@
 
 import collections
 import concurrent.futures
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -9,9 +10,11 @@ import operator
 import os
 import queue
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import types
 
 import numpy as np
 import pytest
@@ -246,9 +249,73 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     assert {bits(run.state._asdict()) for run in results} == {bits(whole.state._asdict())}
 
 
-def test_all_stop_where_one_is_asked_to(tmp_path):
-    assert together(3, lambda p: p.agreed([15] if p.number == 2 else [])) == [[15]] * 3
-    assert together(2, lambda p: p.agreed([])) == [[]] * 2
+def test_all_stop_where_one_is_asked_to_and_go_on_with_others(tmp_path, monkeypatch):
+    whole = start(tmp_path / "whole", ranks.ALONE)
+    received = {}
+
+    @contextlib.contextmanager
+    def signals():
+        yield received.setdefault(threading.get_ident(), [])
+
+    def stopped(processes):
+        def on_step(record):
+            if processes.number == 1 and record.step == 3:
+                received[threading.get_ident()].append(signal.SIGTERM)
+
+        with pytest.raises(SystemExit):
+            runs.start(
+                data.load("digits"),
+                tmp_path / "run",
+                whole.config,
+                on_step=on_step,
+                processes=processes,
+            )
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "_signals", signals)
+        together(3, stopped)
+    assert newest(tmp_path / "run").step == 3
+    results = together(2, lambda p: runs.resume(tmp_path / "run", data.load("digits"), processes=p))
+    assert {bits(run.state._asdict()) for run in results} == {bits(whole.state._asdict())}
+
+
+def test_a_checkpoint_is_due_in_all_where_it_is_in_the_first(tmp_path, monkeypatch):
+    """After a resume only the first knows what was best before."""
+    values = {1: 1.0, 2: 3.0, 3: 2.0, 4: 2.5}
+    monkeypatch.setattr(
+        loop, "validation", lambda *arguments: values[int(arguments[-1].optimiser["step"])]
+    )
+    config = Config(
+        num_steps=4,
+        batch_size=8,
+        num_shards=4,
+        checkpoint_every=99,
+        validate_every=1,
+        **SMALL[Config],
+    )
+
+    def stop(record):
+        if record.step == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        runs.start(data.load("digits"), tmp_path / "run", config, on_step=stop)
+    together(2, lambda p: runs.resume(tmp_path / "run", data.load("digits"), processes=p))
+    assert sorted(checkpoints.found(tmp_path / "run" / "checkpoints")) == [1, 2, 4]
+
+
+def test_a_shard_computes_no_more_than_batch_size_sequences_at_a_time(monkeypatch):
+    sizes = []
+
+    def counting(model, params, tokens, *rest, **options):
+        sizes.append(len(tokens))
+        return loss_and_grads(model, params, tokens, *rest, **options)
+
+    monkeypatch.setattr(loop, "loss_and_grads", counting)
+    found = steps(Config, ranks.ALONE, 1, num_shards=2, accumulate=5)
+    assert max(sizes) == 11
+    assert sum(sizes) == 55
+    assert found == steps(Config, ranks.ALONE, 1, num_shards=2, accumulate=5, num_threads=2)
 
 
 def test_more_processes_than_shards_are_refused(tmp_path):
@@ -296,10 +363,25 @@ def test_an_error_in_one_ends_all_and_says_where(capsys):
     comm = Comm(2)
     with Ranks(comm.at(1)).ending_together():
         raise OSError("cannot read")
-    assert comm.aborted == [(1, 1)]
+    assert comm.aborted == [(1, 2)]
     assert capsys.readouterr().err == "marref: rank 1 of 2: cannot read\n"
+    with Ranks(comm.at(0)).ending_together():
+        raise KeyError("unforeseen")
+    assert "Traceback" in capsys.readouterr().err
     with pytest.raises(OSError, match="cannot read"), ranks.ALONE.ending_together():
         raise OSError("cannot read")
+
+
+def test_a_second_signal_in_one_ends_all():
+    """The others know nothing of it: who stops alone must neither save nor wait."""
+    comm = Comm(2)
+    processes = Ranks(comm.at(0))
+    assert not processes.acts_with_all
+    with processes.ending_together():
+        raise KeyboardInterrupt
+    assert comm.aborted == [(0, 2)]
+    results = together(2, lambda p: (p.agreed([signal.SIGINT]), p.acts_with_all))
+    assert results == [([signal.SIGINT], True)] * 2
 
 
 @pytest.fixture
@@ -323,6 +405,18 @@ def test_several_processes_without_mpi4py_name_the_extra(no_world, monkeypatch):
         ranks.world()
     monkeypatch.setenv("PMI_SIZE", "1")
     assert ranks.world() is ranks.ALONE
+
+
+def test_an_mpi4py_for_another_mpi_than_the_launcher_s_is_noticed(no_world, monkeypatch):
+    class MPI:
+        COMM_WORLD = Comm(1).at(0)
+
+    module = types.ModuleType("mpi4py")
+    module.MPI = MPI
+    monkeypatch.setitem(sys.modules, "mpi4py", module)
+    monkeypatch.setenv("PMI_SIZE", "4")
+    with pytest.raises(RuntimeError, match="mpi4py sees one process of 4"):
+        ranks.world()
 
 
 def test_beside_others_a_process_has_one_thread_unless_it_is_told():

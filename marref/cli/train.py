@@ -160,14 +160,10 @@ def _type_of(field: dataclasses.Field[Any]) -> type:
 
 def _run(parsed: argparse.Namespace) -> int:
     processes = ranks.world()
-    with processes.ending_together():
-        return _train(parsed, processes)
-
-
-def _train(parsed: argparse.Namespace, processes: Ranks) -> int:
     train = _resume if parsed.resume else _start
     try:
-        run = train(parsed, processes)
+        with processes.ending_together():
+            run = train(parsed, processes)
     except KeyboardInterrupt as error:
         if processes.is_first:
             _say_how_to_go_on(parsed.out, str(error))
@@ -199,10 +195,10 @@ def _start(parsed: argparse.Namespace, processes: Ranks) -> runs.Run:
     if not parsed.data:
         raise ValueError("data: received none, expected a file, a folder or digits")
     given = {name: getattr(parsed, name) for name in _OF_DATA}
-    options = _options(parsed)
-    if processes is not ranks.ALONE:
-        options.setdefault("num_shards", ranks.DEFAULT_SHARDS)
-    config = kind_of("continuous" if parsed.continuous else "discrete").from_dict(options)
+    config = kind_of("continuous" if parsed.continuous else "discrete").from_dict(_options(parsed))
+    if processes is not ranks.ALONE and config.num_shards is None:
+        sequences = config.batch_size * getattr(config, "accumulate", 1)
+        config = dataclasses.replace(config, num_shards=min(ranks.DEFAULT_SHARDS, sequences))
     is_folder = parsed.data[0] != "digits" and Path(parsed.data[0]).is_dir()
     if parsed.continuous and is_folder and parsed.levels is None:
         given["levels"] = _LEVELS

@@ -190,18 +190,18 @@ def step(
         return training.step(config, model, images, labels, state)
     start = time.perf_counter()
     of_shard = functools.partial(_of_shard, config, model, dataset, state.params, number)
+    tokens = config.batch_size * model.length
     features = config.batch_size * (model.buffer_size + model.length) * model.decoder_dim
+    num_threads = processes.threads(None, features)
     with loop.divergence_named(number):
         losses, grads = processes.mean(
             of_shard,
             config.num_shards,
             state.params,
-            num_threads=processes.threads(None, features),
+            num_threads=num_threads,
             reduce=config.reduce,
         )
-        return training.update(
-            config, state, grads, losses, start, config.batch_size * model.length
-        )
+        return training.update(config, state, grads, losses, start, tokens, num_threads)
 
 
 def _of_shard(

@@ -264,7 +264,13 @@ def step(
 
 
 def update(
-    config: Config, state: State, grads: Tree, losses: Sequence[float], start: float, tokens: int
+    config: Config,
+    state: State,
+    grads: Tree,
+    losses: Sequence[float],
+    start: float,
+    tokens: int,
+    num_threads: int | None = None,
 ) -> tuple[State, StepRecord]:
     """Move the parameters along the gradients of a step, and say what happened.
 
@@ -280,6 +286,8 @@ def update(
         When the step began, in seconds.
     tokens : int
         Of the batch.
+    num_threads : int, optional
+        By default as many as pay.
     """
     number = int(state.optimiser["step"])
     rate = config.learning_rate_at(number)
@@ -295,6 +303,7 @@ def update(
         weight_decay=config.weight_decay,
         decay=decayed(state.params, config.decay),
         average_decay=config.average_decay_at(number),
+        num_threads=num_threads,
     )
     speed = tokens / (time.perf_counter() - start)
     record = StepRecord(number + 1, sum(losses), grad_norm, rate, speed, *losses)

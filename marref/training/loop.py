@@ -289,12 +289,14 @@ def step(
         Logits or gradients are no longer finite: training diverged.
     """
     start = time.perf_counter()
-    size = config.accumulate * config.batch_size * dataset.length
+    count = config.accumulate * config.batch_size
+    size = count * dataset.length
     num_threads = config.num_threads
     rate = config.learning_rate_at(number)
     with divergence_named(number):
         if config.num_shards is None:
-            loss, grads = _loss_and_grads(config, model, dataset, state.params, number)
+            batch = _batch(config, model, dataset, count, number)
+            loss, grads = _loss_and_grads(config, model, state.params, batch, num_threads, number)
         else:
             num_threads = processes.threads(num_threads, size * model.embed_dim)
             (loss,), grads = processes.mean(
@@ -372,47 +374,40 @@ def _of_shard(
     config: Config, model: MAR, dataset: Dataset, params: Tree, number: int, shard: int
 ) -> Share:
     """Compute the sums of a shard over its masked positions."""
-    parts = parallel.split(config.accumulate * config.batch_size, config.num_shards or 1)
-    batch = _batch(config, model, dataset, parts[shard].stop - parts[shard].start, number, shard)
-    loss, grads = loss_and_grads(
-        model,
-        params,
-        batch.inputs,
-        batch.targets,
-        batch.mask,
-        chance.generator(config.seed, "dropout", number, shard),
-        label_smoothing=config.label_smoothing,
-        labels=batch.labels,
-        num_threads=1,
-    )
+    rows = parallel.split(config.accumulate * config.batch_size, config.num_shards or 1)[shard]
+    batch = _batch(config, model, dataset, rows.stop - rows.start, number, shard)
+    loss, grads = _loss_and_grads(config, model, params, batch, 1, number, shard)
     weight = int(batch.mask.sum())
-    return Share(weight, (weight * float(loss),), trees.map_leaves(lambda g: g * weight, grads))
+    return Share(weight, (weight * loss,), trees.map_leaves(lambda g: g * weight, grads))
 
 
 def _loss_and_grads(
-    config: Config, model: MAR, dataset: Dataset, params: Tree, number: int
+    config: Config,
+    model: MAR,
+    params: Tree,
+    batch: _Batch,
+    num_threads: int | None,
+    *numbers: int,
 ) -> tuple[float, Tree]:
-    """Compute those of a step without shards, batch_size sequences at a time.
+    """Compute those of a step, or of a shard, batch_size sequences at a time.
 
     The loss is a mean over masked positions, so each part has the weight of its share of them.
     """
-    batch = _batch(config, model, dataset, config.accumulate * config.batch_size, number)
     loss, sums = 0.0, dict[str, Array]()
     num_masked = int(batch.mask.sum())
-    for part in range(config.accumulate):
-        rows = slice(part * config.batch_size, (part + 1) * config.batch_size)
+    for part, start in enumerate(range(0, len(batch.mask), config.batch_size)):
+        rows = slice(start, start + config.batch_size)
         mask = batch.mask[rows]
-        rng = chance.generator(config.seed, "dropout", number, part)
         part_loss, grads = loss_and_grads(
             model,
             params,
             batch.inputs[rows],
             batch.targets[rows],
             mask,
-            rng,
+            chance.generator(config.seed, "dropout", *numbers, part),
             label_smoothing=config.label_smoothing,
             labels=None if batch.labels is None else batch.labels[rows],
-            num_threads=config.num_threads,
+            num_threads=num_threads,
         )
         share = int(mask.sum()) / num_masked
         loss += share * float(part_loss)

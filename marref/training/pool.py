@@ -7,6 +7,7 @@ What each draws must depend on its number alone (`marref.chance`).  Page: docs/s
 
 import contextlib
 import functools
+import math
 import multiprocessing
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
@@ -14,6 +15,8 @@ from typing import TypeVar, cast
 
 from marref.fast import parallel
 from marref.training import ranks
+
+_CHUNKS = 256
 
 _Item = TypeVar("_Item")
 _Result = TypeVar("_Result")
@@ -41,7 +44,10 @@ def in_order(
     """
     if executor is None:
         return map(function, items)
-    return executor.map(functools.partial(_in_one_thread, function), items)
+    items = list(items)
+    # The function, and the parameters that it may hold, go along with every chunk.
+    chunk = math.ceil(len(items) / _CHUNKS)
+    return executor.map(functools.partial(_in_one_thread, function), items, chunksize=chunk)
 
 
 def _in_one_thread(function: Callable[[_Item], _Result], item: _Item) -> _Result:

@@ -18,6 +18,8 @@ import operator
 import os
 import signal
 import sys
+import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -35,6 +37,19 @@ REDUCE = ("exact", "fast")
 # How MPICH and Intel MPI, Open MPI, MVAPICH and Slurm tell their processes how many they are.
 _SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _STOPS = (signal.SIGINT, signal.SIGTERM)
+# In seconds: what a launcher has not read when all are ended is lost.
+_UNTIL_READ = 0.5
+# What a user can mend; of anything else the traceback tells more.
+_EXPECTED = (
+    OSError,
+    ValueError,
+    TypeError,
+    ImportError,
+    MemoryError,
+    FloatingPointError,
+    RuntimeError,
+    KeyboardInterrupt,
+)
 
 
 class Share(NamedTuple):
@@ -63,11 +78,17 @@ class Ranks:
         self._comm = comm
         self.number: int = 0 if comm is None else comm.rank
         self.count: int = 1 if comm is None else comm.size
+        self._is_stopping = False
 
     @property
     def is_first(self) -> bool:
         """Whether this is the one that writes and reports."""
         return self.number == 0
+
+    @property
+    def acts_with_all(self) -> bool:
+        """Whether all processes stop where this one does."""
+        return self.count == 1 or self._is_stopping
 
     def threads(self, num_threads: int | None, features: int) -> int:
         """Choose how many threads this process uses: one beside others, unless it is told."""
@@ -149,7 +170,12 @@ class Ranks:
     def agreed(self, received: Sequence[int]) -> list[int]:
         """Return which signals to stop any of the processes has received."""
         flags = self._all_added(np.array([stop in received for stop in _STOPS], np.int64))
+        self._is_stopping = bool(flags.any())
         return [stop for stop, flag in zip(_STOPS, flags, strict=True) if flag]
+
+    def wait(self) -> None:
+        """Wait until all have come this far."""
+        self._all_added(np.zeros(1))
 
     def check_equal(self, what: str, arrays: Any) -> None:
         """Raise RuntimeError unless all processes have the same bits in the arrays of a tree."""
@@ -170,17 +196,19 @@ class Ranks:
 
     @contextlib.contextmanager
     def ending_together(self) -> Iterator[None]:
-        """End all processes where this one fails: the others would wait for it for ever."""
+        """End all processes where this one alone fails: the others would wait for it for ever."""
         try:
             yield
-        except Exception as error:
-            if self.count == 1:
+        except BaseException as error:
+            if self.acts_with_all:
                 raise
             what = str(error) or type(error).__name__
-            print(
-                f"marref: rank {self.number} of {self.count}: {what}", file=sys.stderr, flush=True
-            )
-            self._comm.Abort(1)
+            print(f"marref: rank {self.number} of {self.count}: {what}", file=sys.stderr)
+            if not isinstance(error, _EXPECTED):
+                traceback.print_exc()
+            sys.stderr.flush()
+            time.sleep(_UNTIL_READ)
+            self._comm.Abort(1 if isinstance(error, FloatingPointError) else 2)
 
     def warn_if_crowded(self, num_threads: int) -> None:
         """Warn where the processes of this machine have more threads than it has cores."""
@@ -249,6 +277,8 @@ def world() -> Ranks:
     ------
     ImportError
         There are several, and mpi4py is missing.
+    RuntimeError
+        mpi4py does not see them, being built for another MPI than the launcher's.
     """
     sizes = [int(os.environ[name]) for name in _SIZES if os.environ.get(name, "").isdecimal()]
     if not sizes:
@@ -259,6 +289,11 @@ def world() -> Ranks:
         if max(sizes) == 1:
             return ALONE
         raise ImportError('several processes need mpi4py, pip install "marref[mpi]"') from error
+    if MPI.COMM_WORLD.size == 1 < max(sizes):
+        raise RuntimeError(
+            f"mpi4py sees one process of {max(sizes)}, expected all: is it built for the MPI that "
+            "has started them?"
+        )
     return Ranks(MPI.COMM_WORLD)
 
 

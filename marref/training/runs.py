@@ -116,7 +116,9 @@ def start(
         them is another training, which does not resume to the same.
     processes : Ranks
         Those that train together, all of which call this: `marref.training.ranks.world()` under
-        ``mpiexec``.  The first writes the folder.  An error in one must end all; see there.
+        ``mpiexec``.  The first writes the folder, and its history alone is whole after `resume`.
+        An error in one must end all: see `Ranks.ending_together`.  What callbacks raise, they must
+        raise in all.
 
     Returns
     -------
@@ -136,6 +138,8 @@ def start(
     """
     loop.check_callbacks(on_step, on_state)
     job = _job(dataset, Path(out), (config or Config()).resolved(dataset), processes)
+    # A process that cannot read its data fails before this, and leaves nothing of the run.
+    processes.wait()
     if not processes.is_first:
         return _go_on(job, on_step, on_state)
     with _made(job), _alone(job.out):
@@ -465,7 +469,7 @@ def _go_on(
                     on_step(record)
                 _stop_if_asked(processes.agreed(received), record.step)
             except (KeyboardInterrupt, SystemExit):
-                if not saved:
+                if not saved and processes.acts_with_all:
                     _save(job, state, history)
                 raise
     if processes.is_first and importlib.util.find_spec("matplotlib"):
