@@ -93,7 +93,9 @@ def sample(
         raise ValueError(f"labels: received None, but guidance_scale={guidance_scale} needs them")
     if draws is None:
         count = len(np.asarray(labels)) if labels is not None else 1
-        draws = draw(model, rng, batch_size or count, num_diffusion_steps)
+        # The network's noise has the dtype of its parameters.
+        dtype = np.float32 if params["mask_vector"].dtype == np.float32 else np.float64
+        draws = draw(model, rng, batch_size or count, num_diffusion_steps, dtype)
     batch = len(draws["orders"])
     classes = [model.check_labels(labels, batch)]
     if guidance_scale != 1.0:
@@ -104,7 +106,11 @@ def sample(
 
 
 def draw(
-    model: ContinuousMAR, rng: np.random.Generator | None, batch_size: int, num_steps: int
+    model: ContinuousMAR,
+    rng: np.random.Generator | None,
+    batch_size: int,
+    num_steps: int,
+    dtype: npt.DTypeLike = np.float64,
 ) -> Tree:
     """Draw everything that is random in sampling.
 
@@ -115,11 +121,13 @@ def draw(
     batch_size : int
     num_steps : int
         Of the diffusion.
+    dtype : dtype
+        Of the noise, which is drawn in float64 and rounded.
 
     Returns
     -------
     dict
-        ``orders`` int64 [batch, length]; ``start_noise`` float64 [batch, length, token_dim]; and
+        ``orders`` int64 [batch, length]; ``start_noise`` [batch, length, token_dim]; and
         ``step_noise`` [num_steps, batch, length, token_dim], in the order in which steps are
         taken, the last of which is not used.
     """
@@ -127,11 +135,12 @@ def draw(
     assert rng is not None
     checks.integer("batch_size", batch_size, 1)
     shape = (batch_size, model.length, model.token_dim)
-    return {
-        "orders": rng.permuted(np.tile(np.arange(model.length), (batch_size, 1)), axis=1),
-        "start_noise": rng.standard_normal(shape),
-        "step_noise": rng.standard_normal((num_steps, *shape)),
-    }
+    orders = rng.permuted(np.tile(np.arange(model.length), (batch_size, 1)), axis=1)
+    start_noise = rng.standard_normal(shape).astype(dtype)
+    step_noise = np.empty((num_steps, *shape), dtype)
+    for noise in step_noise:
+        noise[...] = rng.standard_normal(shape)
+    return {"orders": orders, "start_noise": start_noise, "step_noise": step_noise}
 
 
 def scales_of(counts: Array, guidance_scale: float, guidance: str) -> Array:
