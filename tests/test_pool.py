@@ -48,7 +48,8 @@ def test_processes_are_started_where_they_are_asked_for():
 @pytest.fixture(scope="module", params=["discrete", "continuous"])
 def run(request, tmp_path_factory):
     out = tmp_path_factory.mktemp("runs") / request.param
-    options = ["--num-steps", "2", "--num-heads", "2", "--out", str(out)]
+    options = ["--num-steps", "2", "--num-heads", "2", "--validation-fraction", "0.02"]
+    options += ["--out", str(out)]
     if request.param == "continuous":
         options += ["--continuous", "--encoder-dim", "8", "--decoder-dim", "8"]
     else:
