@@ -78,10 +78,10 @@ def test_an_evaluation_prints_the_same_whoever_computes_it(run, capsys):
     if run.name == "continuous":
         pytest.skip("evaluate knows discrete MAR only")
     printed = []
-    for more in ([], ["--processes", "1"], ["--processes", "2"]):
+    for more in ([], ["--processes", "2"]):
         assert cli.main(["evaluate", str(run), "--num", "20", *more]) == 0
         printed.append(capsys.readouterr().out)
-    assert printed[0] == printed[1] == printed[2]
+    assert printed[0] == printed[1]
     assert "any-order bound" in printed[0]
 
 

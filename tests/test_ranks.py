@@ -80,14 +80,15 @@ class _Member:
 
 
 def together(count, function):
-    """Call a function with the `Ranks` of each of several threads; return what they do."""
-    if count == 1:
-        return [function(ranks.ALONE)]
+    """Call a function with the `Ranks` of each of several threads; return what they do.
+
+    One is in a thread too, where NumPy 2.1 turns float32 over an int into float64.
+    """
     comm = Comm(count)
 
     def of_rank(rank):
         try:
-            return function(Ranks(comm.at(rank)))
+            return function(ranks.ALONE if count == 1 else Ranks(comm.at(rank)))
         except BaseException:
             comm.barrier.abort()
             raise
