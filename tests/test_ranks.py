@@ -361,7 +361,8 @@ def test_what_the_first_has_all_have():
     assert together(3, copied) == [([0, 0, 0], 5, 0.1)] * 3
 
 
-def test_an_error_in_one_ends_all_and_says_where(capsys):
+def test_an_error_in_one_ends_all_and_says_where(capsys, monkeypatch):
+    monkeypatch.setattr(ranks, "_UNTIL_READ", 0.0)
     comm = Comm(2)
     with Ranks(comm.at(1)).ending_together():
         raise OSError("cannot read")
