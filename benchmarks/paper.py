@@ -261,8 +261,9 @@ def main() -> None:
     if parsed.plot:
         plot(parsed.plot, parsed.steps, parsed.seed)
         return
-    scale = Scale.of(data.load("digits"))
-    folds = folds_of(data.load("digits"), scale, parsed.folds, parsed.seed)
+    whole = data.load("digits")
+    scale = Scale.of(whole)
+    folds = folds_of(whole, scale, parsed.folds, parsed.seed)
     of_fold = functools.partial(study, scale=scale, num_steps=parsed.steps, seed=parsed.seed)
     with pool.workers(parsed.processes) as (is_first, executor):
         if is_first:

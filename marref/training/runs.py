@@ -446,10 +446,10 @@ def _go_on(
 ) -> Run:
     """Train from the newest checkpoint to the end."""
     processes = job.processes
-    state, history = job.loop.init(job.config, job.model), list[AnyRecord]()
-    first = 0
     if processes.is_first:
-        first, state, history = _where_it_stands(job, state)
+        first, state, history = _where_it_stands(job)
+    else:
+        first, state, history = 0, job.loop.init(job.config, job.model), []
     first = int(processes.told(first))
     processes.copy(state._asdict())
     with _signals() as received:
@@ -479,17 +479,18 @@ def _go_on(
     return Run(job.config, job.model, state, history)
 
 
-def _where_it_stands(job: _Job, initial: State) -> tuple[int, State, list[AnyRecord]]:
+def _where_it_stands(job: _Job) -> tuple[int, State, list[AnyRecord]]:
     """Read how many steps a folder holds, and what is known after them; clean it up."""
     for folder in (job.out, job.checkpoints):
         files.remove_stale(folder)
     newest = checkpoints.latest(job.checkpoints)
     first = 0 if newest is None else newest.step
     checkpoints.remove_after(job.checkpoints, first)
+    state = job.loop.init(job.config, job.model) if newest is None else newest.state
     history = _shortened_history(job.history, first, job.loop.RunRecord)
     # A kill may have come between a checkpoint and the removal of an old one.
     checkpoints.clean(job.checkpoints, job.config.keep, best=_best(history))
-    return first, initial if newest is None else newest.state, history
+    return first, state, history
 
 
 def _step(job: _Job, state: State, number: int) -> tuple[State, AnyRecord]:
