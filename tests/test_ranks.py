@@ -112,16 +112,14 @@ def of_random(shard):
     rng = np.random.default_rng(shard)
     grads = {"b": [{"w": rng.normal(size=(3, 4))}], "a": rng.normal(size=5)}
     weight = int(rng.integers(1, 9))
-    return Share(
-        weight, (weight * rng.random(),), trees.map_leaves(lambda leaf: leaf * weight, grads)
-    )
+    return Share(weight, (rng.random(),), grads)
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("num_threads", [1, 3])
 def test_a_mean_has_the_bits_of_the_tree_however_it_is_shared(count, num_threads):
     shares = [of_random(shard) for shard in range(7)]
-    flat = [np.concatenate([s.grads["a"], s.grads["b"][0]["w"].ravel()]) for s in shares]
+    flat = [s.weight * np.concatenate([s.grads["a"], s.grads["b"][0]["w"].ravel()]) for s in shares]
     # 7 shards: (0 + (1 + 2)) + ((3 + 4) + (5 + 6))
     expected = (flat[0] + (flat[1] + flat[2])) + ((flat[3] + flat[4]) + (flat[5] + flat[6]))
     expected /= sum(share.weight for share in shares)
@@ -131,7 +129,7 @@ def test_a_mean_has_the_bits_of_the_tree_however_it_is_shared(count, num_threads
     ):
         found = np.concatenate([grads["a"], grads["b"][0]["w"].ravel()])
         np.testing.assert_array_equal(found, expected)
-        assert loss == sum(s.losses[0] for s in shares) / sum(s.weight for s in shares)
+        assert loss == sum(s.weight * s.losses[0] for s in shares) / sum(s.weight for s in shares)
 
 
 def test_a_fast_mean_is_that_up_to_rounding():

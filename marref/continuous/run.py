@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from marref import chance, checks, trees
+from marref import chance, checks
 from marref.continuous import diffusion, loss, training
 from marref.continuous.fast.training import loss_and_grads
 from marref.continuous.hyperparameters import of_told_scale
@@ -207,16 +207,14 @@ def step(
 def _of_shard(
     config: RunConfig, model: ContinuousMAR, dataset: Dataset, params: Tree, number: int, shard: int
 ) -> Share:
-    """Compute the sums over a shard's rows of the loss, of its two parts."""
+    """Compute the mean over a shard's rows of the loss, of its two parts."""
     parts = parallel.split(config.batch_size, config.num_shards or 1)
     count = parts[shard].stop - parts[shard].start
     images, labels = _batch(config, model, dataset, count, number, shard)
     rng = chance.generator(config.seed, "diffusion", number, shard)
     draws = model.draw(rng, count, mask_schedule=config.mask_schedule)
-    found = loss_and_grads(model, params, images, labels, draws, 1)
-    weight = count * draws["num_masked"]
-    grads = trees.map_leaves(lambda leaf: leaf * weight, found.grads)
-    return Share(weight, (weight * found.squared_error, weight * found.bound), grads)
+    grads, *losses = loss_and_grads(model, params, images, labels, draws, 1)
+    return Share(count * draws["num_masked"], losses, grads)
 
 
 def _batch(

@@ -373,12 +373,11 @@ def _batch(config: Config, model: MAR, dataset: Dataset, count: int, *numbers: i
 def _of_shard(
     config: Config, model: MAR, dataset: Dataset, params: Tree, number: int, shard: int
 ) -> Share:
-    """Compute the sums of a shard over its masked positions."""
+    """Compute the mean over the masked positions of a shard."""
     rows = parallel.split(config.accumulate * config.batch_size, config.num_shards or 1)[shard]
     batch = _batch(config, model, dataset, rows.stop - rows.start, number, shard)
     loss, grads = _loss_and_grads(config, model, params, batch, 1, number, shard)
-    weight = int(batch.mask.sum())
-    return Share(weight, (weight * loss,), trees.map_leaves(lambda g: g * weight, grads))
+    return Share(int(batch.mask.sum()), (loss,), grads)
 
 
 def _loss_and_grads(

@@ -53,7 +53,7 @@ _EXPECTED = (
 
 
 class Share(NamedTuple):
-    """What a shard adds: its weight, and losses and gradients times the weight."""
+    """What a shard adds with a weight: its losses and gradients, which are means."""
 
     weight: float
     losses: Sequence[float]
@@ -131,9 +131,11 @@ class Ranks:
 
         def vector_of(shard: int) -> Array:
             weight, losses, grads = of_shard(shard)
-            sums[shard] = [weight, *losses]
+            sums[shard] = [weight, *(weight * loss for loss in losses)]
             flat = trees.flatten(grads)
-            return np.concatenate([flat[name].ravel() for name in leaves])
+            vector = np.concatenate([flat[name].ravel() for name in leaves])
+            vector *= weight
+            return vector
 
         owners = self._owners(num_shards)
         with parallel.threads(num_threads) as run:
