@@ -4,6 +4,7 @@ import ast
 import doctest
 import importlib
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -84,6 +85,13 @@ def test_the_examples_of_a_module_print_what_it_says(path):
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_the_links_of_a_page_lead_to_files(path):
     assert [target for target in sorted(links_of(path)) if not target.exists()] == []
+
+
+@pytest.mark.parametrize("path", DOCS, ids=name_of)
+def test_the_code_of_a_page_is_that_of_the_package(path):
+    text = path.read_text("utf-8")
+    # Else: python docs/tools/sources.py
+    assert runpy.run_path(str(ROOT / "docs" / "tools" / "sources.py"))["updated"](text) == text
 
 
 def test_the_index_links_every_page():
