@@ -8,12 +8,21 @@ import warnings
 from collections.abc import Sequence
 
 import marref
-from marref import checks
-from marref.cli import check, compare, demo, evaluate, export, golden, sample, train
+from marref.cli import (
+    check,
+    compare,
+    demo,
+    evaluate,
+    exercise,
+    export,
+    golden,
+    sample,
+    train,
+)
 from marref.cli.arguments import Parser, examples
 from marref.cli.completion import SHELLS, PrintCompletion
 
-_COMMANDS = (train, sample, evaluate, export, demo, check, golden, compare)
+_COMMANDS = (train, sample, evaluate, export, demo, check, golden, compare, exercise)
 _SIGPIPE = 13  # which Windows has no name for
 
 
@@ -74,13 +83,7 @@ def _parsed(arguments: Sequence[str]) -> argparse.Namespace:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in _COMMANDS:
         command.add(commands)
-    if arguments and not arguments[0].startswith("-"):
-        name = arguments[0]
-        if name not in commands.choices:
-            parser.error(f"command {checks.unknown_name(name, commands.choices)}")
-        commands.choices[name].check_options(arguments[1:])
-    else:
-        parser.check_options(arguments)
+    parser.check_options(arguments)
     return parser.parse_args(arguments)
 
 

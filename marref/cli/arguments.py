@@ -23,7 +23,16 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(2)
 
     def check_options(self, arguments: Sequence[str]) -> None:
-        """End with the nearest names if an option is none of this parser's."""
+        """End with the nearest names if a command, or an option of it, does not exist."""
+        for action in self._actions:
+            if isinstance(action, argparse._SubParsersAction) and arguments:
+                name, *rest = arguments
+                if name in action.choices:
+                    action.choices[name].check_options(rest)
+                    return
+                if not name.startswith("-"):
+                    what = str(action.metavar).lower()
+                    self.error(f"{what} {checks.unknown_name(name, action.choices)}")
         known = [name for name in self._option_string_actions if name.startswith("--")]
         for argument in arguments:
             if argument == "--":

@@ -1,6 +1,7 @@
 """Proofs that an implementation is right.
 
-`check_gradients` and `check_layer` hold gradients to numerical derivatives.  `golden.make` writes
+`check_gradients` and `check_layer` hold gradients to numerical derivatives; `diagnose_layer` finds
+the mistake in one layer.  `golden.make` writes
 golden vectors, of a `checkpoint` of yours too, and `golden_continuous.make` those of continuous
 MAR; `compare`, `crosscheck` and `diagnose` hold another implementation to them, whose arrays
 `rename` takes under names and in layouts of its own.
@@ -10,6 +11,7 @@ from marref.verify import checkpoint, golden, golden_continuous
 from marref.verify.comparison import Comparison, Golden, Row, compare, crosscheck
 from marref.verify.diagnosis import Diagnosis, diagnose
 from marref.verify.gradients import check_gradients, check_layer
+from marref.verify.layers import LayerDiagnosis, diagnose_layer
 from marref.verify.names import Renamed, rename
 from marref.verify.search import Explanation, Partial
 
@@ -18,6 +20,7 @@ __all__ = [
     "Diagnosis",
     "Explanation",
     "Golden",
+    "LayerDiagnosis",
     "Partial",
     "Renamed",
     "Row",
@@ -27,6 +30,7 @@ __all__ = [
     "compare",
     "crosscheck",
     "diagnose",
+    "diagnose_layer",
     "golden",
     "golden_continuous",
     "rename",

@@ -1,0 +1,1 @@
+"""Teaching: exercises that grade themselves, and a decoder to watch."""

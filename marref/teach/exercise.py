@@ -1,0 +1,104 @@
+"""What an exercise is: functions to fill in, and what holds them to the reference.
+
+Page: docs/exercises.md.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
+from typing import Any
+
+import numpy as np
+
+from marref import trees
+from marref.trees import Tree
+
+Function = Callable[..., Any]
+Point = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """One function of an exercise.
+
+    Parameters
+    ----------
+    name : str
+        Of the function in the learner's file.
+    reference : callable
+        The solution: a function of the package, with the same arguments.
+    outputs : tuple of str or None
+        What it returns, in order; ``None``: not compared.
+    points : callable
+        Takes a generator and returns the arguments that the function is called with, one dict for
+        each call.  Generic: no symmetry, no 0 and no 1 in which a mistake could hide.
+    steps : dict of str to str
+        The step of the derivation to look at, by the outputs that are wrong, joined by blanks; or
+        by the first of them.
+    mistakes : dict of str to callable
+        Mistakes that the catalogue lacks, since nobody makes them in a port: what computes them, by
+        what is said of them.
+    """
+
+    name: str
+    reference: Function
+    outputs: tuple[str | None, ...]
+    points: Callable[[np.random.Generator], Sequence[Point]]
+    steps: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    mistakes: Mapping[str, Function] = dataclasses.field(default_factory=dict)
+
+    def draw(self) -> Sequence[Point]:
+        """Make the points, the same each time."""
+        return self.points(np.random.default_rng(sum(map(ord, self.name))))
+
+
+@dataclasses.dataclass(frozen=True)
+class Exercise:
+    """Functions to fill in, as a file, with three hints.
+
+    Parameters
+    ----------
+    name : str
+        In kebab-case.
+    title : str
+        What is to be done, in one line.
+    page : str
+        The page of the documentation that derives it.
+    parts : tuple of Part
+    hints : tuple of str
+        Three, from a nudge to all but the code.
+    is_long : bool
+        Takes an evening instead of half an hour.
+    """
+
+    name: str
+    title: str
+    page: str
+    parts: tuple[Part, ...]
+    hints: tuple[str, str, str]
+    is_long: bool = False
+
+    @property
+    def file_name(self) -> str:
+        """Of the learner's file."""
+        return f"{self.name.replace('-', '_')}.py"
+
+    def stub(self) -> str:
+        """Give the file to fill in."""
+        return (resources.files("marref.teach") / "stubs" / self.file_name).read_text("utf-8")
+
+    def solution(self) -> str:
+        """Give the code of the package's own functions."""
+        sources = (
+            f"# {part.name}: {part.reference.__module__}.{part.reference.__qualname__}\n"
+            + inspect.getsource(part.reference)
+            for part in self.parts
+        )
+        return "\n\n".join(sources)
+
+
+def drawn(tree: Tree, rng: np.random.Generator) -> Tree:
+    """Draw every parameter anew: fresh biases of 0 and scales of 1 would hide mistakes."""
+    new: Tree = trees.map_leaves(lambda leaf: rng.normal(0.3, 0.7, leaf.shape), tree)
+    return new

@@ -1,0 +1,259 @@
+"""Exercises on attention."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from marref.layers import attention, linear
+from marref.teach.exercise import Exercise, Part, Point, drawn
+from marref.trees import Array, Tree
+
+Rng = np.random.Generator
+
+
+def _softmax_points(rng: Rng) -> Sequence[Point]:
+    return [
+        {"scores": rng.normal(0.0, 1.5, (2, 3, 4))},
+        {"scores": rng.normal(0.0, 1.5, (3, 5)) + np.array([[-900.0], [0.0], [900.0]])},
+    ]
+
+
+def _softmax_backward_points(rng: Rng) -> Sequence[Point]:
+    weights = [attention.softmax(point["scores"]) for point in _softmax_points(rng)]
+    return [{"dweights": rng.normal(size=each.shape), "weights": each} for each in weights]
+
+
+def _mean(x: Array) -> Array:
+    mean: Array = x.mean(axis=-1, keepdims=True)
+    return mean
+
+
+def _softmax_less(largest: Any) -> Any:
+    def softmax(scores: Array) -> Array:
+        exponentials = np.exp(scores - largest(scores))
+        weights: Array = exponentials / exponentials.sum(axis=-1, keepdims=True)
+        return weights
+
+    return softmax
+
+
+def _sums_over_all(scores: Array) -> Array:
+    exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    weights: Array = exponentials / exponentials.sum()
+    return weights
+
+
+SOFTMAX = Exercise(
+    "softmax",
+    "softmax that cannot overflow, and the product with its Jacobian",
+    "attention.md",
+    (
+        Part(
+            "softmax",
+            attention.softmax,
+            ("weights",),
+            _softmax_points,
+            {"weights": "a_j = exp(s_j - m)/Σ_k exp(s_k - m), m the largest of the row"},
+            {
+                "exp overflows: the maximum of each row is not taken off first": _softmax_less(
+                    lambda scores: 0.0
+                ),
+                "the maximum of the whole array is taken off instead of each row's: far below it "
+                "exp underflows, to 0/0": _softmax_less(lambda scores: scores.max()),
+                "the sum is over the whole array instead of each row": _sums_over_all,
+            },
+        ),
+        Part(
+            "softmax_backward",
+            attention.softmax_backward,
+            ("dscores",),
+            _softmax_backward_points,
+            {"dscores": "ds_i = Σ_j da_j ∂a_j/∂s_i with ∂a_j/∂s_i = a_j ([i = j] - a_i)"},
+            {
+                "the plain mean of da is taken off instead of its mean under a": (
+                    lambda dweights, weights: weights * (dweights - _mean(dweights))
+                ),
+                "the factor a_i before the bracket is missing": lambda dweights, weights: (
+                    dweights - (weights * dweights).sum(axis=-1, keepdims=True)
+                ),
+                "the diagonal of the Jacobian alone, da a (1 - a): each a_j depends on all s_i": (
+                    lambda dweights, weights: dweights * weights * (1 - weights)
+                ),
+                "the sign of the mean is wrong: it is taken off, not added": (
+                    lambda dweights, weights: (
+                        weights * (dweights + (weights * dweights).sum(axis=-1, keepdims=True))
+                    )
+                ),
+            },
+        ),
+    ),
+    (
+        "Nothing changes if a number is taken off all scores of a row. Which number is safe?",
+        "∂ log a_j/∂s_i = [i = j] - a_i, and ∂a_j = a_j ∂ log a_j.",
+        "ds_i = a_i (da_i - Σ_j a_j da_j): the mean of da under a is taken off, row by row.",
+    ),
+)
+
+
+def _attend_points(rng: Rng) -> Sequence[Point]:
+    shapes = ((1, 1, 3, 4), (2, 3, 4, 5))
+    return [
+        dict(zip(("query", "key", "value"), rng.normal(size=(3, *shape)), strict=True))
+        for shape in shapes
+    ]
+
+
+def _attend_backward_points(rng: Rng) -> Sequence[Point]:
+    points = []
+    for point in _attend_points(rng):
+        context, cache = attention.attend(**point)
+        points.append({"dcontext": rng.normal(size=context.shape), "cache": cache})
+    return points
+
+
+def _backward_with(change: Any) -> Any:
+    def backward(dcontext: Array, cache: Tree) -> Any:
+        dweights = dcontext @ cache["value"].mT
+        dscores = attention.softmax_backward(dweights, cache["weights"])
+        gradients = dict(
+            zip(
+                ("dquery", "dkey", "dvalue"),
+                attention.attend_backward(dcontext, cache),
+                strict=True,
+            )
+        )
+        root = math.sqrt(cache["query"].shape[-1])
+        return tuple({**gradients, **change(dcontext, cache, dscores / root)}.values())
+
+    return backward
+
+
+ATTENTION = Exercise(
+    "attention",
+    "the core of attention: C = softmax(Q Kᵀ/√d) V, and dQ, dK, dV",
+    "attention.md",
+    (
+        Part(
+            "attend",
+            attention.attend,
+            ("context", "cache"),
+            _attend_points,
+            {
+                "context": "C = A V",
+                "context cache.weights": "A = softmax(Q Kᵀ/√d), over the keys, which stand last",
+            },
+        ),
+        Part(
+            "attend_backward",
+            attention.attend_backward,
+            ("dquery", "dkey", "dvalue"),
+            _attend_backward_points,
+            {
+                "dquery dkey": "both come from dS, and dV does not: dA = dC Vᵀ, or softmax's step",
+                "dquery": "dQ = dS K/√d",
+                "dkey": "dK = dSᵀ Q/√d",
+                "dvalue": "dV = Aᵀ dC",
+            },
+            {
+                "dV = A dC: the transpose of A is missing": _backward_with(
+                    lambda dcontext, cache, dscores: {"dvalue": cache["weights"] @ dcontext}
+                ),
+                "dK = dS Q/√d: the transpose of dS is missing": _backward_with(
+                    lambda dcontext, cache, dscores: {"dkey": dscores @ cache["query"]}
+                ),
+                "dQ = dSᵀ K/√d: dS must not be transposed there": _backward_with(
+                    lambda dcontext, cache, dscores: {"dquery": dscores.mT @ cache["key"]}
+                ),
+            },
+        ),
+    ),
+    (
+        "Three steps, last first: C = A V, A = softmax(S), S = Q Kᵀ/√d. Two are products, and a "
+        "product is linear in each factor.",
+        "From C_ic = Σ_j A_ij V_jc: dA = dC Vᵀ and dV = Aᵀ dC. Softmax's step is that of the "
+        "exercise softmax.",
+        "dS_ij = A_ij (dA_ij - Σ_k A_ik dA_ik); then dQ = dS K/√d and dK = dSᵀ Q/√d. x.mT swaps "
+        "the last two axes.",
+    ),
+)
+
+
+def _heads_points(rng: Rng) -> Sequence[Point]:
+    return [
+        {
+            "params": drawn(attention.init(rng, features, 1.0, 1.0), rng),
+            "x": rng.normal(size=(batch, length, features)),
+            "num_heads": heads,
+        }
+        for batch, length, features, heads in ((1, 3, 4, 2), (2, 4, 6, 3))
+    ]
+
+
+def _heads_backward_points(rng: Rng) -> Sequence[Point]:
+    points = []
+    for point in _heads_points(rng):
+        y, cache = attention.forward(**point)
+        points.append({"params": point["params"], "dy": rng.normal(size=y.shape), "cache": cache})
+    return points
+
+
+def _dx_of_query_alone(params: Tree, dy: Array, cache: Tree) -> Any:
+    _, grads = attention.backward(params, dy, cache)
+    dcontext, _ = linear.backward(params["output"], dy, cache["context"])
+    dheads = attention.attend_backward(
+        attention.split_heads(dcontext, cache["query"].shape[1]), cache
+    )
+    dquery = attention.merge_heads(dheads[0])
+    return linear.backward(params["query"], dquery, cache["input"])[0], grads
+
+
+def _output_kernel_of_input(params: Tree, dy: Array, cache: Tree) -> Any:
+    dx, grads = attention.backward(params, dy, cache)
+    _, output = linear.backward(params["output"], dy, cache["input"])
+    return dx, {**grads, "output": output}
+
+
+def _output_projection_skipped(params: Tree, dy: Array, cache: Tree) -> Any:
+    _, grads = attention.backward(params, dy, cache)
+    identity = {**params["output"], "kernel": np.eye(dy.shape[-1])}
+    dx, wrong = attention.backward({**params, "output": identity}, dy, cache)
+    return dx, {**wrong, "output": grads["output"]}
+
+
+HEADS = Exercise(
+    "heads",
+    "multi-head attention around attend: projections, heads, and all their gradients",
+    "attention.md",
+    (
+        Part("forward", attention.forward, ("y", None), _heads_points),
+        Part(
+            "backward",
+            attention.backward,
+            ("dx", "grads"),
+            _heads_backward_points,
+            {"dx": "x feeds three projections: their gradients add"},
+            {
+                "dx is that through the queries alone: keys and values depend on x too": (
+                    _dx_of_query_alone
+                ),
+                "the output projection's kernel gradient takes the layer's input; its own is the "
+                "context": _output_kernel_of_input,
+                "dy goes to the heads without passing back through the output projection": (
+                    _output_projection_skipped
+                ),
+            },
+        ),
+    ),
+    (
+        "forward: three linear layers, split into heads, attend, merge, one linear layer. "
+        "backward reads the same from bottom to top.",
+        "Splitting and merging move numbers and compute nothing: the backward of a merge is a "
+        "split, and the other way round. x feeds three projections: three gradients add up in dx.",
+        "dcontext, grads['output'] = linear.backward(params['output'], dy, cache['context']); "
+        "split it, attend_backward, merge each of the three, and pass it through its projection "
+        "with cache['input'].",
+    ),
+    is_long=True,
+)

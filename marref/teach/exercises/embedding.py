@@ -1,0 +1,128 @@
+"""Exercises on the embedding."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from marref import positions
+from marref.layers import embedding
+from marref.teach.exercise import Exercise, Part, Point
+from marref.trees import Array, Tree
+
+Rng = np.random.Generator
+
+
+def _embedding_points(rng: Rng) -> Sequence[Point]:
+    tokens = np.array([[2, 5, 2, 0], [5, 5, 1, 3]])
+    params = {"table": rng.normal(size=(7, 4))}
+    return [{"params": params, "dx": rng.normal(size=(2, 4, 4)), "cache": {"tokens": tokens}}]
+
+
+def _occurrences(cache: Tree) -> Array:
+    counts: Array = np.maximum(np.bincount(cache["tokens"].ravel(), minlength=7), 1)
+    return counts[:, np.newaxis]
+
+
+def _first_place_only(params: Tree, dx: Array, cache: Tree) -> Tree:
+    dtable = np.zeros_like(params["table"])
+    ids, places = np.unique(cache["tokens"], return_index=True)
+    dtable[ids] = dx.reshape(-1, dx.shape[-1])[places]
+    return {"table": dtable}
+
+
+def _first_sequence_only(params: Tree, dx: Array, cache: Tree) -> Tree:
+    return embedding.backward(params, dx[:1], {"tokens": cache["tokens"][:1]})
+
+
+def _averaged(params: Tree, dx: Array, cache: Tree) -> Tree:
+    return {"table": embedding.backward(params, dx, cache)["table"] / _occurrences(cache)}
+
+
+EMBEDDING = Exercise(
+    "embedding",
+    "the embedding's gradient: scatter dx to the rows of the table",
+    "embedding.md",
+    (
+        Part(
+            "backward",
+            embedding.backward,
+            ("grads",),
+            _embedding_points,
+            {"grads.table": "dtable[v] is the sum of dx over all places whose token is v"},
+            {
+                "row v has the mean over the places of token v; their gradients add up": _averaged,
+                "only the first place of each token counts": _first_place_only,
+                "only the first sequence of the batch counts": _first_sequence_only,
+            },
+        ),
+    ),
+    (
+        "In how many places of the batch does row v of the table stand?",
+        "dtable[v] is a sum over all places with token v; rows of tokens that do not occur are 0.",
+        "dtable[tokens] += dx keeps only the last of equal indices; np.add.at adds every time.",
+    ),
+)
+
+
+def _positions_points(rng: Rng) -> Sequence[Point]:
+    return [
+        {"length": length, "embed_dim": embed_dim, "positions": kind}
+        for length, embed_dim, kind in (
+            (7, 8, "concatenated"),
+            (6, 10, "interleaved"),
+            (5, 2, "concatenated"),
+        )
+    ]
+
+
+def _positions_with(change: Any) -> Any:
+    def table(length: int, embed_dim: int, positions: str) -> Array:
+        return np.asarray(change(_table, length, embed_dim, positions))
+
+    return table
+
+
+_table = positions.sinusoidal_table
+
+POSITIONS = Exercise(
+    "positions",
+    "the sinusoidal table of positions, in both layouts",
+    "embedding.md",
+    (
+        Part(
+            "sinusoidal_table",
+            positions.sinusoidal_table,
+            ("table",),
+            _positions_points,
+            {"table": "feature i of position p is sin(p w_i) or cos(p w_i)"},
+            {
+                "the two layouts are taken for each other": _positions_with(
+                    lambda table, length, embed_dim, kind: table(
+                        length,
+                        embed_dim,
+                        "interleaved" if kind == "concatenated" else "concatenated",
+                    )
+                ),
+                "every feature is a sine: the cosines are missing": _positions_with(
+                    lambda table, length, embed_dim, kind: _sines_only(length, embed_dim, kind)
+                ),
+            },
+        ),
+    ),
+    (
+        "w_i falls from 1 to about 1/10000 as i goes from the first wave to the last.",
+        "concatenated: w_i = 10000^(-i/max(h - 1, 1)) with h = embed_dim/2, all sines before all "
+        "cosines; interleaved: w_i = 10000^(-2i/embed_dim), sines at even features.",
+        "angle = p[:, None] * w gives [length, h]; concatenate sin and cos along the features, or "
+        "stack them along a new last axis and reshape.",
+    ),
+)
+
+
+def _sines_only(length: int, embed_dim: int, kind: str) -> Array:
+    table = _table(length, embed_dim, kind)
+    sines = table[:, : embed_dim // 2] if kind == "concatenated" else table[:, ::2]
+    if kind == "concatenated":
+        return np.concatenate([sines, sines], axis=1)
+    return np.repeat(sines, 2, axis=1)

@@ -1,0 +1,87 @@
+"""Exercise on the whole model."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from marref import model
+from marref.layers import block, dropout, embedding, linear
+from marref.teach.exercise import Exercise, Part, Point, drawn
+from marref.trees import Array, Tree
+
+Rng = np.random.Generator
+
+
+_MODEL = model.MAR(
+    vocab_size=7, embed_dim=4, num_layers=2, num_heads=2, seq_len=5, dropout=0.3, gelu="tanh"
+)
+
+
+def model_backward(params: Tree, dlogits: Array, cache: Tree) -> Tree:
+    """Push dlogits back to every parameter; `marref.model.MAR.backward` without its checks."""
+    return _MODEL.backward(params, dlogits, cache)
+
+
+def _model_points(rng: Rng) -> Sequence[Point]:
+    params = drawn(_MODEL.init(rng), rng)
+    tokens = np.array([[3, 0, 5, 3, 0], [1, 6, 0, 2, 2]])
+    logits, cache = _MODEL.forward(params, tokens, rng)
+    return [{"params": params, "dlogits": rng.normal(size=logits.shape), "cache": cache}]
+
+
+def _through(order: Any, *, with_dropout: bool = True, with_norm: bool = True) -> Any:
+    """Compute the backward with the blocks in an order, and with steps left out."""
+
+    def backward(params: Tree, dlogits: Array, cache: Tree) -> Tree:
+        dx, head = model.head_backward(params, dlogits, cache)
+        if not with_norm:
+            dx, _ = linear.backward(params["head"], dlogits, cache["head"])
+        blocks: list[Any] = [None] * len(params["blocks"])
+        for index in order(range(len(blocks))):
+            dx, blocks[index] = block.backward(params["blocks"][index], dx, cache["blocks"][index])
+        if with_dropout:
+            dx = dropout.backward(dx, cache["embedding_dropout"])
+        return {
+            "embedding": embedding.backward(params["embedding"], dx, cache["embedding"]),
+            "blocks": blocks,
+            **head,
+        }
+
+    return backward
+
+
+MODEL = Exercise(
+    "model",
+    "the whole model's backward, from the layers",
+    "architecture.md",
+    (
+        Part(
+            "backward",
+            model_backward,
+            ("grads",),
+            _model_points,
+            {"grads.embedding.table": "all blocks are right: the first dropout, or the scatter"},
+            {
+                "the blocks are passed in the order of the forward pass, where the last must come "
+                "first": _through(lambda blocks: blocks),
+                "the dropout after the embedding is passed over": _through(
+                    reversed, with_dropout=False
+                ),
+                "the final norm is passed over on the way back": _through(
+                    reversed, with_norm=False
+                ),
+            },
+        ),
+    ),
+    (
+        "logits = linear(layer_norm(x)) after the last block; before the first stand dropout and "
+        "the embedding. Read it from bottom to top.",
+        "head, final norm, blocks from last to first, dropout, embedding: five kinds of backward, "
+        "all in marref.layers; the caches are cache['head'], cache['final_norm'], "
+        "cache['blocks'][i], cache['embedding_dropout'] and cache['embedding'].",
+        "Collect the blocks' gradients in the order of the blocks, and return a tree like params: "
+        "embedding, blocks, final_norm, head.",
+    ),
+    is_long=True,
+)

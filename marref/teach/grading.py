@@ -1,0 +1,221 @@
+"""Grading: run a learner's file in a process of its own, and say what is right and what is wrong.
+
+Page: docs/exercises.md.
+"""
+
+import dataclasses
+import functools
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from marref import checks
+from marref.teach.exercise import Exercise, Part
+from marref.teach.exercises import EXERCISES
+from marref.trees import Array
+from marref.verify import layers
+
+TIME_LIMIT = 10.0
+"""Seconds, in which right solutions need less than one."""
+
+_NAMED = re.compile(r"marref exercise ([\w-]+)")
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What is said of one function.
+
+    Parameters
+    ----------
+    name : str
+    passed : bool
+    sentence : str
+    """
+
+    name: str
+    passed: bool
+    sentence: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Grade:
+    """What is said of a file.
+
+    Parameters
+    ----------
+    exercise : str
+    functions : tuple of Verdict
+    """
+
+    exercise: str
+    functions: tuple[Verdict, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether all functions are right."""
+        return all(verdict.passed for verdict in self.functions)
+
+    @property
+    def sentence(self) -> str:
+        """What is said of the first function that is not right, or that all are."""
+        for verdict in self.functions:
+            if not verdict.passed:
+                return f"{verdict.name} {verdict.sentence}"
+        return "all functions are right"
+
+
+def exercise_of(file: Path, name: str | None = None) -> Exercise:
+    """Find out which exercise a file is: as told, or as its docstring says, or by its name.
+
+    Raises
+    ------
+    ValueError
+        There is no such exercise, or neither the file nor its name says which.
+    """
+    if name is None:
+        text = file.read_bytes()[:1000].decode("utf-8", "replace")
+        found = _NAMED.search(text)
+        name = found[1] if found else file.stem.replace("_", "-")
+        if name not in EXERCISES:
+            raise ValueError(f"{file}: exercise {checks.unknown_name(name, EXERCISES)}")
+    return EXERCISES[checks.choice("exercise", name, EXERCISES)]
+
+
+def grade(file: Path, exercise: Exercise, time_limit: float = TIME_LIMIT) -> Grade:
+    """Grade a learner's file.
+
+    The file runs in a process of its own, which ends after a time limit.  This guards against
+    accidents, not against malice: it may do what its user may do.
+
+    Parameters
+    ----------
+    file : Path
+    exercise : Exercise
+    time_limit : float
+        In seconds, for all functions together.
+
+    Returns
+    -------
+    Grade
+
+    Raises
+    ------
+    OSError
+        There is no such file.
+    """
+    file.read_bytes()
+    with tempfile.TemporaryDirectory() as folder:
+        ended = _run(file, exercise, folder, time_limit)
+        return graded(exercise, Path(folder), ended)
+
+
+def graded(exercise: Exercise, folder: Path, ended: str) -> Grade:
+    """Grade what `marref.teach.child` left in a folder.
+
+    Parameters
+    ----------
+    exercise : Exercise
+    folder : Path
+    ended : str
+        How the process ended, for when it has not come to its end.
+
+    Returns
+    -------
+    Grade
+    """
+    report = json.loads((folder / "report.json").read_text("utf-8"))
+    if "error" in report:
+        sentence = f"cannot be called: the file {report['error']}"
+        verdicts = [Verdict(part.name, False, sentence) for part in exercise.parts]
+        return Grade(exercise.name, tuple(verdicts))
+    if "running" in report:
+        at = report["running"]
+        verdicts = [
+            Verdict(part.name, False, ended if at == part.name else f"is not graded: {at} {ended}")
+            for part in exercise.parts
+        ]
+        return Grade(exercise.name, tuple(verdicts))
+    outputs = _outputs(folder / "outputs.npz")
+    errors = {call["function"]: call["error"] for call in report["calls"][::-1] if "error" in call}
+    return Grade(
+        exercise.name,
+        tuple(
+            Verdict(part.name, False, errors[part.name])
+            if part.name in errors
+            else _compared(part, outputs)
+            for part in exercise.parts
+        ),
+    )
+
+
+def _run(file: Path, exercise: Exercise, folder: str, time_limit: float) -> str:
+    """Run the file in a child process; return how it ended, for when it has not come to the end."""
+    path = str(file.resolve())
+    command = [sys.executable, "-m", "marref.teach.child", exercise.name, path, folder]
+    # What the file prints goes to the standard error: the output is the grader's.
+    done = subprocess.run(
+        [*command, str(time_limit)], stdin=subprocess.DEVNULL, stdout=2, check=False
+    )
+    stopped = (Path(folder) / "stopped.txt").read_text("utf-8", "replace")
+    if not stopped:
+        return f"ended the process, with status {done.returncode}"
+    line = re.search(rf'"{re.escape(path)}", line (\d+)', stopped)
+    return f"did not end within {time_limit:g} s" + (f", in line {line[1]}" if line else "")
+
+
+def _outputs(path: Path) -> dict[str, Array]:
+    with np.load(path, allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+def _compared(part: Part, outputs: Mapping[str, Array]) -> Verdict:
+    """Hold what a function returned at all points to the reference."""
+    expected = [layers.named(part.reference(**point), part.outputs) for point in part.draw()]
+    given = [_of_call(outputs, f"{part.name}/{number}/") for number in range(len(expected))]
+    try:
+        for arrays, right in zip(given, expected, strict=True):
+            layers.check_fit(arrays, right)
+            _check_dtypes(arrays, right)
+    except ValueError as problem:
+        return Verdict(part.name, False, f"is wrong: {problem}")
+    found = layers.diagnose_points(expected, given, lambda: known(part))
+    if found.passed:
+        largest = max(found.errors.values())
+        return Verdict(part.name, True, f"is right, to {largest:.1e} (allowed {layers.TOLERANCE})")
+    said = "\n".join(finding.sentence + _step(part, finding) for finding in found.findings)
+    return Verdict(part.name, False, f"is wrong: {said}")
+
+
+def _step(part: Part, finding: layers.Finding) -> str:
+    """Say which step of the derivation it is, where the wrong outputs tell."""
+    together, first = " ".join(finding.outputs), finding.outputs[0]
+    step = part.steps.get(together, part.steps.get(first))
+    return f"\nThe step to look at: {step}." if step else ""
+
+
+@functools.cache
+def known(part: Part) -> list[layers.Candidate]:
+    """Compute what all mistakes come to at the points of a function."""
+    return list(layers.candidates(part.reference, part.draw(), part.outputs, part.mistakes))
+
+
+def _of_call(outputs: Mapping[str, Array], prefix: str) -> dict[str, Array]:
+    return {
+        name.removeprefix(prefix): array
+        for name, array in outputs.items()
+        if name.startswith(prefix)
+    }
+
+
+def _check_dtypes(given: Mapping[str, Array], expected: Mapping[str, Array]) -> None:
+    for name, right in expected.items():
+        found = given[name].dtype
+        kinds = "iu" if right.dtype.kind in "iu" else right.dtype.kind
+        if found.kind not in kinds or (right.dtype.kind in "fc" and found != right.dtype):
+            raise ValueError(f"{name}: dtype {found}, expected {right.dtype} as of the arguments")
