@@ -12,7 +12,7 @@ import importlib.util
 import json
 from pathlib import Path
 
-from benchmarks import cases, measuring, report
+from benchmarks import cases, measuring, pictures, report
 from benchmarks.measuring import Agreement, Result
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -59,6 +59,7 @@ def main() -> None:
         from benchmarks import chart
 
         chart.draw(PICTURE, results)
+        pictures.stamp(PICTURE, pictures.command_of("python -m benchmarks"))
     else:
         print(text)
 

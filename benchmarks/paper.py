@@ -28,6 +28,7 @@ import numpy as np
 import scipy.linalg
 from sklearn.neural_network import MLPClassifier
 
+from benchmarks import pictures
 from marref import chance, continuous, data, optim, trees
 from marref.continuous import tokens, variants
 from marref.continuous.pixels import Scale
@@ -260,6 +261,7 @@ def main() -> None:
     parsed = parser.parse_args()
     if parsed.plot:
         plot(parsed.plot, parsed.steps, parsed.seed)
+        pictures.stamp(parsed.plot, pictures.command_of("python -m benchmarks.paper"))
         return
     whole = data.load("digits")
     scale = Scale.of(whole)

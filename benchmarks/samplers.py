@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks import digits
+from benchmarks import digits, pictures
 from marref import chance, data, demo, fast, training
 from marref.cli.pictures import shown
 from marref.decoding import (
@@ -329,6 +329,7 @@ def main() -> None:
     bench = prepared(arguments.seed, arguments.quick, arguments.of_each, arguments.models)
     if arguments.draw is not None:
         draw(bench, arguments.draw)
+        pictures.stamp(arguments.draw, pictures.command_of("python -m benchmarks.samplers"))
         return
     results = list(measure(bench, STEPS[:3:2] if arguments.quick else STEPS))
     if arguments.json is not None:

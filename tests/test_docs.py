@@ -9,10 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import pictures
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "marref"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, ROOT / "README.md"]
+PICTURES = sorted((ROOT / "docs").glob("*.png"))
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if ">>> " in path.read_text("utf-8"))
 
 LAYERS = sorted((PACKAGE / "layers").glob("[!_]*.py"))
@@ -92,6 +95,41 @@ def test_the_code_of_a_page_is_that_of_the_package(path):
     text = path.read_text("utf-8")
     # Else: python docs/tools/sources.py
     assert runpy.run_path(str(ROOT / "docs" / "tools" / "sources.py"))["updated"](text) == text
+
+
+@pytest.fixture(scope="module")
+def figures():
+    return runpy.run_path(str(ROOT / "docs" / "tools" / "figures.py"))
+
+
+@pytest.mark.parametrize("path", PICTURES, ids=name_of)
+def test_a_picture_says_which_commit_and_which_command_of_a_page_drew_it(path):
+    said = pictures.metadata(path)
+    # Else: python docs/tools/figures.py --stamp COMMAND PICTURE
+    assert re.fullmatch("[0-9a-f]{40}", said["Commit"])
+    assert any(said["Command"] in page.read_text("utf-8") for page in PAGES)
+
+
+def test_no_figure_is_older_than_its_code(figures):
+    drawn = [path for path in PICTURES if path.stem in figures["FIGURES"]]
+    stale = [
+        path.name
+        for path in drawn
+        if pictures.metadata(path)["Digest"] != figures["digest"](path.stem)
+    ]
+    assert stale == []  # Else: python docs/tools/figures.py NAME
+
+
+def test_stamping_a_picture_replaces_what_it_said_and_leaves_its_pixels(tmp_path):
+    path = tmp_path / "picture.png"
+    original = PICTURES[0].read_bytes()
+    path.write_bytes(original)
+    for command in ("draw twice", "draw once"):
+        pictures.stamp(path, command, Commit="0" * 40)
+    said = pictures.metadata(path)
+    assert (said["Command"], said["Commit"]) == ("draw once", "0" * 40)
+    pixels = original[original.index(b"IDAT") :]
+    assert path.read_bytes().endswith(pixels)
 
 
 def test_the_index_links_every_page():
