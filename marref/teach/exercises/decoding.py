@@ -144,6 +144,7 @@ def _step_points(rng: Rng) -> Sequence[Point]:
     sure = rng.normal(0.0, 2.0, (7, 6))
     sure[3, 0] = sure[3].max() + 1.0  # [MASK] is the most probable here.
     sure[1, 2] = 9.0  # The surest is known already.
+    sure[6] += 50.0  # Large logits are no confidence.
     ties = rng.normal(size=(7, 6))
     ties[4] = ties[2]
     ties[[2, 4], 5] = 6.0
