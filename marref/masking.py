@@ -14,7 +14,7 @@ A mask ratio is r = f(u) with u ~ U[0, 1), f its schedule.
 ``one-minus-cosine`` is MAR's specification: it favours *small* ratios.  ``cosine`` is its mirror
 image and favours large ones (MaskGIT, Chang et al. 2022, arXiv 2202.04200, section 3.3);
 ``arccos`` is that of Besnier and Chen 2023 (arXiv 2310.14400); ``truncated-normal`` is that of
-the MAR paper (Li et al. 2024, arXiv 2406.11838, published code).
+the MAR paper (Li et al. 2024, arXiv 2406.11838, published code).  Page: docs/masking.md.
 """
 
 import math
