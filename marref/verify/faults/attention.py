@@ -212,13 +212,13 @@ fault("attention-parameters-read-as-value-query-key").sets("fused projection").s
 fault("attention-parameters-read-by-head").sets("fused projection").says(
     "Query, key and value lie side by side in one array and are read head by head, [heads, 3, "
     "head_dim], as Megatron, GPT-NeoX and BLOOM store them: the first head's query, key and value, "
-    "then the second's. Only the first head's query is right."
+    "then the second's. Only the first head's query and the last head's value are right."
 ).of(_fused_read_as)(
     lambda columns: columns.reshape(columns.shape[1], 3, columns.shape[2]).swapaxes(0, 1)
 )
 fault("attention-parameters-read-innermost").sets("fused projection").says(
     "Query, key and value lie side by side in one array and are read feature by feature, [heads, "
-    "head_dim, 3], einops' (h d qkv). Only the very first feature of the query is right."
+    "head_dim, 3], einops' (h d qkv). The first feature of the query and the last of the value alone are right."
 ).of(_fused_read_as)(lambda columns: np.moveaxis(columns.reshape(*columns.shape[1:], 3), -1, 0))
 fault("attention-qkv-kernels-transposed").sets("kernel layout").says(
     "The square kernels of query, key and value are loaded as [out, in], PyTorch's layout of its "
