@@ -26,10 +26,8 @@ from marref.verify.layers import named
 
 def main(exercise: str, file: str, out: str) -> None:
     """Call every function of the exercise at all its points, and write what came of it."""
-    parts = EXERCISES[exercise].parts
-    report: dict[str, Any] = {"running": "the file itself", "calls": []}
-    outputs: dict[str, Array] = {}
     folder = Path(out)
+    report: dict[str, Any] = {"running": "the file itself", "errors": {}}
 
     def write() -> None:
         (folder / "report.json").write_text(json.dumps(report), "utf-8")
@@ -40,19 +38,19 @@ def main(exercise: str, file: str, out: str) -> None:
     except BaseException as error:
         report["error"] = _said(error, file)
         return write()
-    for part in parts:
+    for part in EXERCISES[exercise].parts:
         report["running"] = part.name
         write()
-        for number, point in enumerate(part.draw()):
-            call: dict[str, Any] = {"function": part.name, "point": number}
-            try:
-                arrays = _called(module, part, point)
-                outputs |= {f"{part.name}/{number}/{name}": each for name, each in arrays.items()}
-            except BaseException as error:
-                call["error"] = _said(error, file)
-            report["calls"].append(call)
-    del report["running"]
-    np.savez(folder / "outputs.npz", allow_pickle=False, **outputs)
+        try:
+            calls = [_called(module, part, point) for point in part.draw()]
+        except BaseException as error:
+            report["errors"][part.name] = _said(error, file)
+            continue
+        outputs = {
+            f"{at}/{name}": each for at, call in enumerate(calls) for name, each in call.items()
+        }
+        np.savez(folder / f"{part.name}.npz", allow_pickle=False, **outputs)
+    report["running"] = None
     return write()
 
 

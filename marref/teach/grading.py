@@ -130,28 +130,21 @@ def graded(exercise: Exercise, folder: Path, ended: str) -> Grade:
     Grade
     """
     report = json.loads((folder / "report.json").read_text("utf-8"))
-    if "error" in report:
-        sentence = f"cannot be called: the file {report['error']}"
-        verdicts = [Verdict(part.name, False, sentence) for part in exercise.parts]
-        return Grade(exercise.name, tuple(verdicts))
-    if "running" in report:
-        at = report["running"]
-        verdicts = [
-            Verdict(part.name, False, ended if at == part.name else f"is not graded: {at} {ended}")
-            for part in exercise.parts
-        ]
-        return Grade(exercise.name, tuple(verdicts))
-    outputs = _outputs(folder / "outputs.npz")
-    errors = {call["function"]: call["error"] for call in report["calls"][::-1] if "error" in call}
-    return Grade(
-        exercise.name,
-        tuple(
-            Verdict(part.name, False, errors[part.name])
-            if part.name in errors
-            else _compared(part, outputs)
-            for part in exercise.parts
-        ),
-    )
+    verdicts = []
+    for part in exercise.parts:
+        outputs = folder / f"{part.name}.npz"
+        if "error" in report:
+            sentence = f"cannot be called: the file {report['error']}"
+        elif part.name in report["errors"]:
+            sentence = report["errors"][part.name]
+        elif outputs.exists():
+            verdicts.append(_compared(part, outputs))
+            continue
+        else:
+            at = report["running"]
+            sentence = ended if at == part.name else f"is not graded: {at} {ended}"
+        verdicts.append(Verdict(part.name, False, sentence))
+    return Grade(exercise.name, tuple(verdicts))
 
 
 def _run(file: Path, exercise: Exercise, folder: str, time_limit: float) -> str:
@@ -169,26 +162,25 @@ def _run(file: Path, exercise: Exercise, folder: str, time_limit: float) -> str:
     return f"did not end within {time_limit:g} s" + (f", in line {line[1]}" if line else "")
 
 
-def _outputs(path: Path) -> dict[str, Array]:
-    with np.load(path, allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}
-
-
-def _compared(part: Part, outputs: Mapping[str, Array]) -> Verdict:
+def _compared(part: Part, outputs: Path) -> Verdict:
     """Hold what a function returned at all points to the reference."""
     expected = [layers.named(part.reference(**point), part.outputs) for point in part.draw()]
-    given = [_of_call(outputs, f"{part.name}/{number}/") for number in range(len(expected))]
+    given: list[dict[str, Array]] = [{} for _ in expected]
+    with np.load(outputs, allow_pickle=False) as arrays:
+        for name in arrays.files:
+            number, _, output = name.partition("/")
+            given[int(number)][output] = arrays[name]
     try:
-        for arrays, right in zip(given, expected, strict=True):
-            layers.check_fit(arrays, right)
-            _check_dtypes(arrays, right)
+        for found, right in zip(given, expected, strict=True):
+            layers.check_fit(found, right)
+            _check_dtypes(found, right)
     except ValueError as problem:
         return Verdict(part.name, False, f"is wrong: {problem}")
-    found = layers.diagnose_points(expected, given, lambda: known(part))
-    if found.passed:
-        largest = max(found.errors.values())
+    diagnosis = layers.diagnose_points(expected, given, lambda: known(part))
+    if diagnosis.passed:
+        largest = max(diagnosis.errors.values())
         return Verdict(part.name, True, f"is right, to {largest:.1e} (allowed {layers.TOLERANCE})")
-    said = "\n".join(finding.sentence + _step(part, finding) for finding in found.findings)
+    said = "\n".join(finding.sentence + _step(part, finding) for finding in diagnosis.findings)
     return Verdict(part.name, False, f"is wrong: {said}")
 
 
@@ -203,14 +195,6 @@ def _step(part: Part, finding: layers.Finding) -> str:
 def known(part: Part) -> list[layers.Candidate]:
     """Compute what all mistakes come to at the points of a function."""
     return list(layers.candidates(part.reference, part.draw(), part.outputs, part.mistakes))
-
-
-def _of_call(outputs: Mapping[str, Array], prefix: str) -> dict[str, Array]:
-    return {
-        name.removeprefix(prefix): array
-        for name, array in outputs.items()
-        if name.startswith(prefix)
-    }
 
 
 def _check_dtypes(given: Mapping[str, Array], expected: Mapping[str, Array]) -> None:

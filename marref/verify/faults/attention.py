@@ -218,7 +218,8 @@ fault("attention-parameters-read-by-head").sets("fused projection").says(
 )
 fault("attention-parameters-read-innermost").sets("fused projection").says(
     "Query, key and value lie side by side in one array and are read feature by feature, [heads, "
-    "head_dim, 3], einops' (h d qkv). The first feature of the query and the last of the value alone are right."
+    "head_dim, 3], einops' (h d qkv). The first feature of the query and the last of the value "
+    "alone are right."
 ).of(_fused_read_as)(lambda columns: np.moveaxis(columns.reshape(*columns.shape[1:], 3), -1, 0))
 fault("attention-qkv-kernels-transposed").sets("kernel layout").says(
     "The square kernels of query, key and value are loaded as [out, in], PyTorch's layout of its "
