@@ -18,11 +18,12 @@ from marref.cli import (
     golden,
     sample,
     train,
+    watch,
 )
 from marref.cli.arguments import Parser, examples
 from marref.cli.completion import SHELLS, PrintCompletion
 
-_COMMANDS = (train, sample, evaluate, export, demo, check, golden, compare, exercise)
+_COMMANDS = (train, sample, evaluate, watch, export, demo, check, golden, compare, exercise)
 _SIGPIPE = 13  # which Windows has no name for
 
 

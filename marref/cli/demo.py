@@ -19,7 +19,8 @@ def add(commands: Any) -> None:
     demo = commands.add_parser(
         "demo",
         help="train on 8x8 digits and generate new ones",
-        description="Train on 8x8 digits, measure on held-out ones, and generate a row of each.",
+        description="Train on 8x8 digits, measure on held-out ones, generate a row of each, and "
+        "write a page that decodes in a browser.",
         epilog=_EXAMPLES,
     )
     demo.add_argument("--steps", type=arguments.positive, help="number of training steps")

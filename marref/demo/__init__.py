@@ -16,6 +16,7 @@ from marref.data import Dataset
 from marref.demo import quality
 from marref.fast import iterative_decode
 from marref.model import MAR
+from marref.teach import watch
 from marref.training import StepRecord, loop
 from marref.training.config import Config
 from marref.trees import Array, Tree, flatten
@@ -80,8 +81,8 @@ def run(
     ----------
     settings : Settings
     out : pathlib.Path
-        Made if missing.  Receives ``parameters.npz``, ``history.csv`` and, with the ``viz``
-        extra, ``loss.png``, ``samples.png`` and ``unmasking.png``.
+        Made if missing.  Receives ``parameters.npz``, ``history.csv``, ``decode.html`` and, with
+        the ``viz`` extra, ``loss.png``, ``samples.png`` and ``unmasking.png``.
     seed : int
         Of everything that is drawn.
     echo : callable
@@ -99,6 +100,7 @@ def run(
     params, history = train_on(config, model, train, echo)
     training.save_model(out / "parameters.npz", model, params)
     write_history(out / "history.csv", history)
+    watch.write(out / "decode.html", watched(model, params, held_out))
 
     bits = measure(model, params, train, held_out, seed)
     echo(f"\nHeld-out bits per masked token ({len(held_out)} digits):\n")
@@ -106,7 +108,7 @@ def run(
     for ratio, (ours, baseline) in bits.items():
         echo(f"  {ratio:10.2f}    {ours:6.3f}    {baseline:6.3f}")
 
-    names = ["parameters.npz", "history.csv"]
+    names = ["parameters.npz", "history.csv", "decode.html"]
     generated, steps = generate(settings, model, params, seed)
     _show_steps(steps["tokens"], echo)
     judge(generated, train, held_out, seed, echo)
@@ -122,7 +124,23 @@ def run(
         plots.unmasking(out / "unmasking.png", steps["tokens"][:, first], steps["mask"][:, first])
         names += ["loss.png", "samples.png", "unmasking.png"]
     echo(f"Wrote {', '.join(names)} to {out}.")
+    echo(f"To watch the model decode, open {out / 'decode.html'} in a browser.")
     return bits
+
+
+def watched(model: MAR, params: Tree, held_out: Dataset) -> watch.Watched:
+    """Tell what the live decoder shows: the model, and a held-out digit of each class."""
+    firsts = by_class(held_out)[::NUM_OF_EACH]
+    return watch.Watched(
+        title="marref demo",
+        model=model,
+        params=params,
+        codec=held_out.codec,
+        length=held_out.length,
+        classes=tuple(map(str, range(NUM_CLASSES))),
+        examples={f"a real {digit}": tokens for digit, tokens in enumerate(firsts)},
+        ink=True,
+    )
 
 
 def digits() -> tuple[Dataset, Dataset]:

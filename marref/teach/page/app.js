@@ -1,0 +1,608 @@
+// The page: it keeps a start, the states that follow from it, and which of them is shown.
+//
+// Whatever is changed (a token, the rule) makes a new history. Only states are kept; the forward
+// pass of the step that is shown is computed when it is shown.
+"use strict";
+
+const model = JSON.parse(document.getElementById("model").textContent);
+const params = unpack(model.shapes, bytes_of(model.weights));
+const codec = model.codec;
+const is_text = codec.kind === "characters" || codec.kind === "bytes";
+
+// What each choice of "Rule" says in marref's arguments; what it leaves out is the default.
+const RULES = {
+  confidence: {},
+  maskgit: { choice_temperature: 4.5 },
+  margin: { order: "margin" },
+  entropy: { order: "entropy" },
+  random: { order: "random" },
+  halton: { order: "halton" },
+  "left-to-right": { order: "left-to-right" },
+  threshold: { reveal: { rule: "threshold", probability: 0.9 } },
+};
+const FOR_TOKENS = 0;
+const FOR_ORDER = 1;
+const NUM_CANDIDATES = 5;
+
+const page = {
+  history: [], // [0] is the start, [k] the state after step k
+  step: 0, // the one that is shown
+  seen: null, // the forward pass of that step: activations and logits
+  selected: 0,
+  columns: 1,
+  latest: 0, // counts the requests to show a step, so that a later one ends an earlier one
+};
+
+const at = (id) => document.getElementById(id);
+
+function bytes_of(base64) {
+  return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
+}
+
+// Settings
+
+function settings() {
+  const rule = {
+    num_steps: Math.max(1, Math.floor(at("num-steps").valueAsNumber || 1)),
+    temperature: Math.max(0, at("temperature").valueAsNumber || 0),
+    schedule: at("schedule").value,
+    order: "confidence",
+    choice_temperature: 0,
+    exclude_mask_token: true,
+    ...RULES[at("rule").value],
+  };
+  const draws = at("drawn").value === "drawn";
+  // As in marref: where something is drawn, tokens are too, unless the temperature is 0.
+  if (needs_noise(rule) && !draws) rule.temperature = 0;
+  const label = at("class").value === "" ? undefined : Number(at("class").value);
+  const guidance_scale = label === undefined ? 1 : at("guidance").valueAsNumber || 0;
+  const seed = at("seed").valueAsNumber >>> 0;
+  return { rule, draws, label, guidance_scale, seed };
+}
+
+// The call of marref.iterative_decode that does what the page does.
+function call_of({ rule, draws, label, guidance_scale }) {
+  const told = { num_steps: rule.num_steps };
+  if (rule.order !== "confidence") told.order = `"${rule.order}"`;
+  if (rule.choice_temperature > 0) told.choice_temperature = rule.choice_temperature;
+  if (rule.reveal) told.reveal = `marref.decoding.Threshold(${rule.reveal.probability})`;
+  else if (rule.schedule !== "cosine") told.schedule = `"${rule.schedule}"`;
+  if (rule.temperature !== 1) told.temperature = rule.temperature;
+  if (label !== undefined) told.labels = `[${label}]`;
+  if (guidance_scale !== 1) told.guidance_scale = guidance_scale;
+  told.tokens = "tokens";
+  if (draws || needs_noise(rule)) told.rng = "rng";
+  const listed = Object.entries(told).map(([name, value]) => `${name}=${value}`);
+  return `marref.iterative_decode(model, params, ${listed.join(", ")})`;
+}
+
+// Decoding
+
+function restart(tokens) {
+  page.history = [start(tokens, settings().rule)];
+  show_at(0);
+}
+
+// The settings have changed: decode again from the same start, as far as now.
+function decode_again() {
+  at("call").textContent = call_of(settings());
+  const step = page.step;
+  page.history = [start(page.history[0].tokens, settings().rule)];
+  show_at(step);
+}
+
+function take_step() {
+  const state = page.history.at(-1);
+  const { rule, draws, label, guidance_scale, seed } = settings();
+  page.seen = look(model.config, params, state.tokens, label, guidance_scale);
+  const number = state.number + 1;
+  const length = state.tokens.length;
+  const uniforms = draws ? uniforms_of(seed, number, FOR_TOKENS, length) : null;
+  const for_order = uniforms_of(seed, number, FOR_ORDER, length);
+  const noise = rule.order === "random" ? for_order : gumbel(for_order);
+  page.history.push(advance(state, page.seen.logits, rule, { uniforms, noise }));
+}
+
+// Decode as far as a step, or to the end if that comes first, and show it. In between the browser
+// may draw, and whoever asks for another step ends this.
+async function show_at(step) {
+  const ticket = ++page.latest;
+  let paused = performance.now();
+  page.seen = null;
+  // At step 0 the predictions of step 1 are shown.
+  while (page.history.length <= Math.max(step, 1) && !is_done(page.history.at(-1))) {
+    take_step();
+    if (performance.now() - paused > 50 && page.history.length <= step) {
+      at("status").textContent = `Step ${page.history.length - 1} …`;
+      await new Promise((resume) => setTimeout(resume));
+      if (ticket !== page.latest) return;
+      paused = performance.now();
+    }
+  }
+  page.step = Math.min(step, page.history.length - 1);
+  if (page.seen === null || page.history.length - 1 !== Math.max(page.step, 1)) {
+    const { label, guidance_scale } = settings();
+    page.seen = look(model.config, params, input_of_step().tokens, label, guidance_scale);
+  }
+  show();
+}
+
+function shown_state() {
+  return page.history[page.step];
+}
+
+// The state with the predictions that are shown, and the one that these were made from.
+function state_of_predictions() {
+  return page.history[Math.min(Math.max(page.step, 1), page.history.length - 1)];
+}
+
+function input_of_step() {
+  return page.history[Math.max(page.step - 1, 0)];
+}
+
+function last_step() {
+  const { rule } = settings();
+  const state = page.history.at(-1);
+  if (is_done(state)) return page.history.length - 1;
+  return rule.reveal ? page.history[0].mask.filter(Boolean).length : state.counts.length;
+}
+
+// Change tokens: what is shown, so changed, is the new start.
+function edit(changes) {
+  const tokens = [...shown_state().tokens];
+  for (const [p, token] of changes) tokens[p] = token;
+  restart(tokens);
+}
+
+// What tokens look like
+
+function grey_of(token) {
+  return `rgb(${Array(3).fill(codec.greys[token - 1]).join(" ")})`;
+}
+
+// The colour of a token in its place; of a picture in colours each channel is a cell.
+function shade_of(token, p) {
+  if (codec.channels === 1) return grey_of(token);
+  const value = codec.greys[token - 1];
+  return `rgb(${[0, 1, 2].map((channel) => (channel === p % 3 ? value : 0)).join(" ")})`;
+}
+
+// A token in a word.
+function name_of(token) {
+  if (token === MASK) return "[MASK]";
+  if (codec.kind === "pixels") return `level ${token - 1}`;
+  if (codec.kind === "ids") return String(token - 1);
+  const piece = piece_of(token);
+  const spoken = { " ": "space", "\n": "line break", "\t": "tab" };
+  return spoken[piece] ?? piece;
+}
+
+// What a token of text stands for.
+function piece_of(token) {
+  if (codec.kind === "characters") return Array.from(codec.alphabet)[token - 1];
+  if (codec.kind === "tokenizer") return codec.pieces[token - 1];
+  const byte = token - 1;
+  const is_printed = byte === 9 || byte === 10 || (byte >= 32 && byte < 127);
+  return is_printed ? String.fromCharCode(byte) : byte.toString(16).padStart(2, "0");
+}
+
+function sign_of(token) {
+  if (codec.kind === "ids") return String(token - 1);
+  return piece_of(token).replace(/ /g, "·").replace(/\n/g, "⏎").replace(/\t/g, "⇥");
+}
+
+function place_of(p) {
+  if (codec.kind !== "pixels") return `position ${p}`;
+  const channel = codec.channels === 3 ? ` ${["red", "green", "blue"][p % 3]}` : "";
+  const pixel = Math.floor(p / codec.channels);
+  return `row ${Math.floor(pixel / codec.width) + 1}, column ${(pixel % codec.width) + 1}${channel}`;
+}
+
+// The tokens of a text with _ for each blank; \_ is a _. Throws a RangeError at an unknown sign.
+function tokens_of(text) {
+  const parts = text.match(/\\_|[^_]|_/gu) ?? [];
+  return parts.flatMap((part) => (part === "_" ? [MASK] : tokens_of_sign(part.at(-1) === "_" ? "_" : part)));
+}
+
+function tokens_of_sign(sign) {
+  if (codec.kind === "bytes") return [...new TextEncoder().encode(sign)].map((byte) => byte + 1);
+  const token = Array.from(codec.alphabet).indexOf(sign) + 1;
+  if (token === 0) throw new RangeError(`“${sign}” is not in the alphabet of the run.`);
+  return [token];
+}
+
+// Show
+
+function show() {
+  show_grid();
+  show_steps();
+  show_counts();
+  show_position();
+  at("status").textContent = sentence_of_step();
+}
+
+function show_grid() {
+  const state = shown_state();
+  const predictions = state_of_predictions();
+  at("grid").querySelectorAll(".cell").forEach((cell, p) => {
+    const is_given = page.history[0].tokens[p] !== MASK;
+    const revealed_now = page.step > 0 && state.revealed[p];
+    const token = state.mask[p] ? predictions.predicted[p] : state.tokens[p];
+    const confidence = predictions.confidence[p];
+    cell.className = "cell";
+    cell.classList.toggle("blank", state.mask[p]);
+    cell.classList.toggle("is-sure", state.mask[p] && confidence > 0.5);
+    cell.classList.toggle("given", is_given);
+    cell.classList.toggle("revealed", revealed_now);
+    cell.style.setProperty("--p", confidence.toFixed(3));
+    draw_token(cell, token, p, state.mask[p]);
+    if (revealed_now) cell.append(element("span", "place", String(state.place[p] + 1)));
+    cell.setAttribute("aria-selected", String(p === page.selected));
+    cell.tabIndex = p === page.selected ? 0 : -1;
+    cell.setAttribute("aria-label", words_of_cell(p, token, confidence, is_given, revealed_now));
+  });
+}
+
+function draw_token(cell, token, p, is_blank) {
+  cell.replaceChildren();
+  cell.style.removeProperty("--shade");
+  if (codec.kind !== "pixels") {
+    cell.append(element("span", "sign", sign_of(token)));
+    return;
+  }
+  const target = is_blank ? element("span", "inner", "") : cell;
+  target.style.setProperty("--shade", shade_of(token, p));
+  if (is_blank) cell.append(target);
+}
+
+function words_of_cell(p, token, confidence, is_given, revealed_now) {
+  const state = shown_state();
+  const sure = `probability ${confidence.toFixed(2)}`;
+  if (state.mask[p]) return `${place_of(p)}: blank, would be ${name_of(token)}, ${sure}`;
+  if (is_given) return `${place_of(p)}: ${name_of(token)}, known from the start`;
+  const when = revealed_now ? `revealed now as number ${state.place[p] + 1}` : "revealed before";
+  return `${place_of(p)}: ${name_of(token)}, ${when}, ${sure}`;
+}
+
+function show_steps() {
+  const last = last_step();
+  at("step").max = last;
+  at("step").value = page.step;
+  at("step").disabled = last === 0;
+  at("step-shown").textContent = `${page.step} of ${last}`;
+  at("step").setAttribute("aria-valuetext", `step ${page.step} of ${last}`);
+  for (const id of ["first", "back"]) at(id).disabled = page.step === 0;
+  for (const id of ["forward", "last"]) at(id).disabled = is_done(shown_state());
+}
+
+function sentence_of_step() {
+  const state = shown_state();
+  const num_masked = state.mask.filter(Boolean).length;
+  const left = num_masked === 0 ? "Nothing is masked." : `${num_masked} still masked.`;
+  if (page.step === 0) {
+    return num_masked === 0
+      ? "Nothing is masked: mask some tokens, and the model fills them in."
+      : `The start: ${num_masked} of ${state.tokens.length} tokens are masked.`;
+  }
+  const order = state.revealed.flatMap((revealed, p) => (revealed ? [p] : []));
+  order.sort((p, q) => state.place[p] - state.place[q]);
+  const told = order.slice(0, 3).map(
+    (p) => `${place_of(p)} becomes ${name_of(state.tokens[p])} (p ${state.confidence[p].toFixed(2)})`,
+  );
+  const more = order.length > 3 ? `, and ${order.length - 3} more` : "";
+  return `Step ${page.step} of ${last_step()} revealed ${order.length}: ${told.join("; ")}${more}. ${left}`;
+}
+
+function show_counts() {
+  const { counts } = page.history[0];
+  const done = page.history.slice(1, page.step + 1).map((state) => state.count);
+  const num_bars = Math.max(counts.length, done.length);
+  const most = Math.max(1, ...counts, ...done);
+  const bars = Array.from({ length: num_bars }, (_, k) => {
+    const step = element("div", k + 1 === page.step ? "step now" : "step", "");
+    for (const [kind, count] of [["done", done[k]], ["planned", counts[k]]]) {
+      if (count === undefined) continue;
+      const bar = element("div", kind, "");
+      bar.style.height = `${(100 * count) / most}%`;
+      step.append(bar);
+    }
+    return step;
+  });
+  at("counts").replaceChildren(...bars);
+  const planned = `The schedule: ${counts.join(", ") || "nothing to reveal"}.`;
+  const revealed = done.length > 0 ? ` Revealed: ${done.join(", ")}.` : "";
+  at("counts").setAttribute("aria-label", planned + revealed);
+  at("counts-text").textContent = planned + revealed;
+}
+
+function show_position() {
+  const p = page.selected;
+  at("position-title").textContent = place_of(p);
+  const step = Math.max(page.step, 1);
+  at("candidates-caption").textContent =
+    `The most probable tokens here, as step ${step} sees ${input_of_step().mask[p] ? "the blank" : "it"}`;
+  const rows = candidates(p).map(([token, probability]) => candidate_row(p, token, probability));
+  at("candidates").tBodies[0].replaceChildren(...rows);
+  show_attention();
+}
+
+// The tokens of highest probability at a position, at the temperature of the rule.
+function candidates(p) {
+  const vocab_size = model.config.vocab_size;
+  const logits = Float64Array.from(page.seen.logits.subarray(p * vocab_size, (p + 1) * vocab_size));
+  logits[MASK] = -Infinity;
+  const log_p = log_softmax(logits, settings().rule.temperature || 1);
+  const order = Array.from(log_p.keys()).filter((token) => token !== MASK);
+  order.sort((a, b) => log_p[b] - log_p[a] || a - b);
+  return order.slice(0, NUM_CANDIDATES).map((token) => [token, Math.exp(log_p[token])]);
+}
+
+function candidate_row(p, token, probability) {
+  const row = element("tr", "", "");
+  const what = element("td", "token", "");
+  if (codec.kind === "pixels") {
+    const swatch = element("span", "swatch", "");
+    swatch.style.setProperty("--shade", shade_of(token, p));
+    what.append(swatch);
+  }
+  what.append(element("span", "token", name_of(token)));
+  const bars = element("td", "bars", "");
+  const bar = element("div", "", "");
+  bar.style.width = `${(100 * probability).toFixed(1)}%`;
+  bars.append(bar);
+  const put = element("button", "", "put");
+  put.type = "button";
+  put.setAttribute("aria-label", `put ${name_of(token)} at ${place_of(p)}`);
+  put.addEventListener("click", () => edit([[p, token]]));
+  const last = element("td", "", "");
+  last.append(put);
+  row.append(what, element("td", "number", probability.toFixed(3)), bars, last);
+  return row;
+}
+
+function show_attention() {
+  const length = shown_state().tokens.length;
+  const { weights } = page.seen.activations.blocks[at("block").value].attention;
+  const first = (Number(at("head").value) * length + page.selected) * length;
+  const row = Array.from(weights.subarray(first, first + length));
+  const largest = Math.max(...row);
+  at("attention").querySelectorAll(".cell").forEach((cell, p) => {
+    const token = input_of_step().tokens[p];
+    cell.style.setProperty("--weight", (row[p] / largest).toFixed(3));
+    cell.classList.toggle("is-sure", row[p] / largest > 0.5);
+    if (codec.kind !== "pixels") cell.textContent = token === MASK ? "_" : sign_of(token);
+    cell.setAttribute("aria-selected", String(p === page.selected));
+  });
+  const order = row.map((_, p) => p).sort((a, b) => row[b] - row[a] || a - b);
+  const told = order.slice(0, 3).map((p) => `${place_of(p)} (${row[p].toFixed(2)})`);
+  const text = `Block ${at("block").value}, head ${at("head").value} looks most at ${told.join("; ")}.`;
+  at("attention").setAttribute("aria-label", text);
+  at("attention-text").textContent = text;
+}
+
+function element(name, class_name, text) {
+  const made = document.createElement(name);
+  if (class_name) made.className = class_name;
+  if (text) made.textContent = text;
+  return made;
+}
+
+// Make the cells, when the page opens and when the number of them or of columns changes.
+function make_grids() {
+  const { length } = shown_state().tokens;
+  page.columns = columns_of();
+  document.documentElement.style.setProperty("--columns", page.columns);
+  const rows_of = (make_cell, make_row) => {
+    const rows = [];
+    for (let first = 0; first < length; first += page.columns) {
+      const row = make_row();
+      for (let p = first; p < Math.min(first + page.columns, length); p++) row.append(make_cell(p));
+      rows.push(row);
+    }
+    return rows;
+  };
+  const with_role = (name, role, class_name) => {
+    const made = element(name, class_name, "");
+    made.setAttribute("role", role);
+    return made;
+  };
+  const cell = (p) => {
+    const made = with_role("div", "gridcell", "cell");
+    made.dataset.position = p;
+    return made;
+  };
+  at("grid").replaceChildren(...rows_of(cell, () => with_role("div", "row", "")));
+  at("attention").replaceChildren(
+    ...rows_of(() => element("div", "cell", ""), () => element("div", "row", "")),
+  );
+}
+
+function columns_of() {
+  if (codec.kind === "pixels") return codec.width * codec.channels;
+  return window.matchMedia("(max-width: 44rem)").matches ? 16 : 24;
+}
+
+// Tokens by hand
+
+function select(p, with_focus) {
+  page.selected = p;
+  show_grid();
+  show_position();
+  if (with_focus) at("grid").querySelectorAll(".cell")[p].focus();
+}
+
+function use_tool(p) {
+  const tool = document.querySelector("input[name=tool]:checked").value;
+  page.selected = p;
+  if (tool === "look") select(p, true);
+  else edit([[p, tool === "mask" ? MASK : Number(at("brush").value)]]);
+}
+
+function on_pointer(event) {
+  const cell = event.target.closest(".cell");
+  if (cell === null || (event.type === "pointerover" && event.buttons !== 1)) return;
+  const is_looking = document.querySelector("input[name=tool]:checked").value === "look";
+  if (event.type === "pointerover" && is_looking) return;
+  use_tool(Number(cell.dataset.position));
+}
+
+function on_grid_key(event) {
+  if (event.ctrlKey || event.altKey || event.metaKey) return;
+  const p = page.selected;
+  const last = shown_state().tokens.length - 1;
+  const row_start = p - (p % page.columns);
+  const moves = {
+    ArrowLeft: p - 1,
+    ArrowRight: p + 1,
+    ArrowUp: p - page.columns,
+    ArrowDown: p + page.columns,
+    Home: row_start,
+    End: Math.min(row_start + page.columns - 1, last),
+  };
+  if (event.key in moves) {
+    const next = moves[event.key];
+    if (next >= 0 && next <= last) select(next, true);
+  } else if (event.key === "PageDown") show_at(page.step + 1);
+  else if (event.key === "PageUp") show_at(Math.max(page.step - 1, 0));
+  else if (event.key === "Delete" || event.key === "Backspace") edit([[p, MASK]]);
+  else if (!on_sign(event.key)) return;
+  event.preventDefault();
+}
+
+// A key that stands for a token: type it, or paint with it. Returns whether it does.
+function on_sign(key) {
+  const p = page.selected;
+  const token = shown_state().tokens[p];
+  if (is_text) return type_sign(key);
+  const top = model.config.vocab_size - 1;
+  if (key === "m") edit([[p, MASK]]);
+  else if (key === "+") edit([[p, Math.min(token + 1, top)]]);
+  else if (key === "-") edit([[p, Math.max(token - 1, 1)]]);
+  else if (/^[0-9]$/.test(key) && codec.kind === "pixels") {
+    edit([[p, 1 + Math.round((Number(key) * (top - 1)) / 9)]]);
+  } else if (key === "Enter" || key === " ") use_tool(p);
+  else return false;
+  return true;
+}
+
+function type_sign(key) {
+  const sign = key === "Enter" ? "\n" : key;
+  if (Array.from(sign).length !== 1) return false;
+  let tokens;
+  try {
+    tokens = tokens_of(sign);
+  } catch (error) {
+    at("status").textContent = error.message;
+    return true;
+  }
+  const { length } = shown_state().tokens;
+  const fitting = tokens.slice(0, length - page.selected);
+  const p = page.selected;
+  page.selected = Math.min(p + fitting.length, length - 1);
+  edit(fitting.map((token, i) => [p + i, token]));
+  at("grid").querySelectorAll(".cell")[page.selected].focus();
+  return true;
+}
+
+// Start from other tokens, as many as there are.
+function start_from(tokens) {
+  page.selected = Math.min(page.selected, tokens.length - 1);
+  const is_longer = tokens.length !== shown_state()?.tokens.length;
+  page.history = [start(tokens, settings().rule)];
+  page.step = 0;
+  if (is_longer) make_grids();
+  show_at(0);
+}
+
+function on_text(event) {
+  event.preventDefault();
+  let problem = "";
+  try {
+    const tokens = tokens_of(at("text").value);
+    if (tokens.length === 0) problem = "There is no text.";
+    else if (tokens.length > model.length) {
+      problem = `The text has ${tokens.length} tokens, the model takes at most ${model.length}.`;
+    } else start_from(tokens);
+  } catch (error) {
+    problem = error.message;
+  }
+  at("text-error").textContent = problem;
+}
+
+// The page opens
+
+function fill_controls() {
+  const { config } = model;
+  const size = Object.values(model.shapes).reduce((sum, shape) => sum + shape.reduce((a, b) => a * b, 1), 0);
+  at("about").textContent =
+    `${model.title}: ${size.toLocaleString("en")} parameters, ${config.num_layers} blocks of ` +
+    `${config.num_heads} heads, ${model.length} tokens, ${config.vocab_size - 1} ids and [MASK]. ` +
+    `marref ${model.marref}.`;
+  const option = (select, value, text) => at(select).append(new Option(text, value));
+  model.classes.forEach((name, number) => option("class", number, name));
+  Object.keys(model.examples).forEach((name) => option("example", name, name));
+  for (let i = 0; i < config.num_layers; i++) option("block", i, i);
+  for (let i = 0; i < config.num_heads; i++) option("head", i, i);
+  const is_pixels = codec.kind === "pixels";
+  at("grid").classList.toggle("pixels", is_pixels);
+  at("brush").max = config.vocab_size - 1;
+  at("brush").value = config.vocab_size - 1;
+  at("num-steps").max = model.length;
+  for (const id of ["paint-tool", "brush-field"]) at(id).hidden = is_text;
+  at("text-field").hidden = !is_text;
+  at("example-field").hidden = Object.keys(model.examples).length === 0;
+  for (const field of document.querySelectorAll(".of-classes")) {
+    field.hidden = model.classes.length === 0;
+  }
+  const is_square = Number.isInteger(Math.sqrt(model.length));
+  at("rule").querySelector("[value=halton]").hidden = !is_square;
+  at("keys").append(words_of_keys());
+}
+
+function words_of_keys() {
+  if (is_text) return "a sign writes itself, _ and Delete make a blank.";
+  const digits = codec.kind === "pixels" ? "0 to 9 paint, from the lowest level to the highest, " : "";
+  return `m and Delete make a blank, ${digits}+ and − change a token by one.`;
+}
+
+function listen() {
+  at("settings").addEventListener("submit", (event) => event.preventDefault());
+  at("settings").addEventListener("change", decode_again);
+  at("first").addEventListener("click", () => show_at(0));
+  at("back").addEventListener("click", () => show_at(Math.max(page.step - 1, 0)));
+  at("forward").addEventListener("click", () => show_at(page.step + 1));
+  at("last").addEventListener("click", () => show_at(last_step()));
+  at("step").addEventListener("input", () => show_at(at("step").valueAsNumber));
+  at("grid").addEventListener("pointerdown", on_pointer);
+  at("grid").addEventListener("pointerover", on_pointer);
+  at("grid").addEventListener("keydown", on_grid_key);
+  for (const id of ["block", "head"]) at(id).addEventListener("change", show_attention);
+  at("brush").addEventListener("input", show_brush);
+  at("mask-all").addEventListener("click", () => start_from(Array(model.length).fill(MASK)));
+  at("mask-half").addEventListener("click", () => {
+    const { tokens } = shown_state();
+    start_from(tokens.map((token, p) => (2 * p < tokens.length ? token : MASK)));
+  });
+  at("example").addEventListener("change", () => {
+    if (at("example").value) start_from([...model.examples[at("example").value]]);
+    at("example").value = "";
+  });
+  at("text-field").addEventListener("submit", on_text);
+  window.matchMedia("(max-width: 44rem)").addEventListener("change", () => {
+    make_grids();
+    show();
+  });
+}
+
+function show_brush() {
+  const token = Number(at("brush").value);
+  at("brush-shown").textContent = codec.kind === "pixels" ? token - 1 : sign_of(token);
+  document.querySelector("input[value=paint]").checked = true;
+}
+
+fill_controls();
+show_brush();
+document.querySelector("input[value=look]").checked = true;
+listen();
+at("call").textContent = call_of(settings());
+start_from(Array(model.length).fill(MASK));
