@@ -113,7 +113,8 @@ async function show_at(step) {
   while (page.history.length <= Math.max(step, 1) && !is_done(page.history.at(-1))) {
     take_step();
     if (performance.now() - paused > 50 && page.history.length <= step) {
-      at("status").textContent = `Step ${page.history.length - 1} …`;
+      page.step = page.history.length - 1;
+      show();
       await new Promise((resume) => setTimeout(resume));
       if (ticket !== page.latest) return;
       paused = performance.now();
@@ -125,6 +126,7 @@ async function show_at(step) {
     page.seen = look(model.config, params, input_of_step().tokens, label, guidance_scale);
   }
   show();
+  at("status").textContent = sentence_of_step();
 }
 
 function shown_state() {
@@ -157,7 +159,9 @@ function edit(changes) {
 // What tokens look like
 
 function grey_of(token) {
-  return `rgb(${Array(3).fill(codec.greys[token - 1]).join(" ")})`;
+  return `rgb(${Array(3)
+    .fill(codec.greys[token - 1])
+    .join(" ")})`;
 }
 
 // The colour of a token in its place; of a picture in colours each channel is a cell.
@@ -195,13 +199,16 @@ function place_of(p) {
   if (codec.kind !== "pixels") return `position ${p}`;
   const channel = codec.channels === 3 ? ` ${["red", "green", "blue"][p % 3]}` : "";
   const pixel = Math.floor(p / codec.channels);
-  return `row ${Math.floor(pixel / codec.width) + 1}, column ${(pixel % codec.width) + 1}${channel}`;
+  const row = Math.floor(pixel / codec.width) + 1;
+  return `row ${row}, column ${(pixel % codec.width) + 1}${channel}`;
 }
 
 // The tokens of a text with _ for each blank; \_ is a _. Throws a RangeError at an unknown sign.
 function tokens_of(text) {
   const parts = text.match(/\\_|[^_]|_/gu) ?? [];
-  return parts.flatMap((part) => (part === "_" ? [MASK] : tokens_of_sign(part.at(-1) === "_" ? "_" : part)));
+  return parts.flatMap((part) =>
+    part === "_" ? [MASK] : tokens_of_sign(part.at(-1) === "_" ? "_" : part),
+  );
 }
 
 function tokens_of_sign(sign) {
@@ -218,29 +225,30 @@ function show() {
   show_steps();
   show_counts();
   show_position();
-  at("status").textContent = sentence_of_step();
 }
 
 function show_grid() {
   const state = shown_state();
   const predictions = state_of_predictions();
-  at("grid").querySelectorAll(".cell").forEach((cell, p) => {
-    const is_given = page.history[0].tokens[p] !== MASK;
-    const revealed_now = page.step > 0 && state.revealed[p];
-    const token = state.mask[p] ? predictions.predicted[p] : state.tokens[p];
-    const confidence = predictions.confidence[p];
-    cell.className = "cell";
-    cell.classList.toggle("blank", state.mask[p]);
-    cell.classList.toggle("is-sure", state.mask[p] && confidence > 0.5);
-    cell.classList.toggle("given", is_given);
-    cell.classList.toggle("revealed", revealed_now);
-    cell.style.setProperty("--p", confidence.toFixed(3));
-    draw_token(cell, token, p, state.mask[p]);
-    if (revealed_now) cell.append(element("span", "place", String(state.place[p] + 1)));
-    cell.setAttribute("aria-selected", String(p === page.selected));
-    cell.tabIndex = p === page.selected ? 0 : -1;
-    cell.setAttribute("aria-label", words_of_cell(p, token, confidence, is_given, revealed_now));
-  });
+  at("grid")
+    .querySelectorAll(".cell")
+    .forEach((cell, p) => {
+      const is_given = page.history[0].tokens[p] !== MASK;
+      const revealed_now = page.step > 0 && state.revealed[p];
+      const token = state.mask[p] ? predictions.predicted[p] : state.tokens[p];
+      const confidence = predictions.confidence[p];
+      cell.className = "cell";
+      cell.classList.toggle("blank", state.mask[p]);
+      cell.classList.toggle("is-sure", state.mask[p] && confidence > 0.5);
+      cell.classList.toggle("given", is_given);
+      cell.classList.toggle("revealed", revealed_now);
+      cell.style.setProperty("--p", confidence.toFixed(3));
+      draw_token(cell, token, p, state.mask[p]);
+      if (revealed_now) cell.append(element("span", "place", String(state.place[p] + 1)));
+      cell.setAttribute("aria-selected", String(p === page.selected));
+      cell.tabIndex = p === page.selected ? 0 : -1;
+      cell.setAttribute("aria-label", words_of_cell(p, token, confidence, is_given, revealed_now));
+    });
 }
 
 function draw_token(cell, token, p, is_blank) {
@@ -286,11 +294,15 @@ function sentence_of_step() {
   }
   const order = state.revealed.flatMap((revealed, p) => (revealed ? [p] : []));
   order.sort((p, q) => state.place[p] - state.place[q]);
-  const told = order.slice(0, 3).map(
-    (p) => `${place_of(p)} becomes ${name_of(state.tokens[p])} (p ${state.confidence[p].toFixed(2)})`,
-  );
+  const told = order
+    .slice(0, 3)
+    .map(
+      (p) =>
+        `${place_of(p)} becomes ${name_of(state.tokens[p])} (p ${state.confidence[p].toFixed(2)})`,
+    );
   const more = order.length > 3 ? `, and ${order.length - 3} more` : "";
-  return `Step ${page.step} of ${last_step()} revealed ${order.length}: ${told.join("; ")}${more}. ${left}`;
+  const step = `Step ${page.step} of ${last_step()}`;
+  return `${step} revealed ${order.length}: ${told.join("; ")}${more}. ${left}`;
 }
 
 function show_counts() {
@@ -300,7 +312,10 @@ function show_counts() {
   const most = Math.max(1, ...counts, ...done);
   const bars = Array.from({ length: num_bars }, (_, k) => {
     const step = element("div", k + 1 === page.step ? "step now" : "step", "");
-    for (const [kind, count] of [["done", done[k]], ["planned", counts[k]]]) {
+    for (const [kind, count] of [
+      ["done", done[k]],
+      ["planned", counts[k]],
+    ]) {
       if (count === undefined) continue;
       const bar = element("div", kind, "");
       bar.style.height = `${(100 * count) / most}%`;
@@ -309,18 +324,32 @@ function show_counts() {
     return step;
   });
   at("counts").replaceChildren(...bars);
-  const planned = `The schedule: ${counts.join(", ") || "nothing to reveal"}.`;
-  const revealed = done.length > 0 ? ` Revealed: ${done.join(", ")}.` : "";
+  const planned = `The schedule: ${listed(counts) || "nothing to reveal"}.`;
+  const revealed = done.length > 0 ? ` Revealed: ${listed(done)}.` : "";
   at("counts").setAttribute("aria-label", planned + revealed);
   at("counts-text").textContent = planned + revealed;
 }
 
+// Counts in words, many equal ones together: 1 (30 times), 2
+function listed(counts) {
+  const parts = [];
+  for (let first = 0, next; first < counts.length; first = next) {
+    next = first + 1;
+    while (counts[next] === counts[first]) next++;
+    const times = next - first;
+    parts.push(...(times > 3 ? [`${counts[first]} (${times} times)`] : counts.slice(first, next)));
+  }
+  return parts.join(", ");
+}
+
 function show_position() {
   const p = page.selected;
-  at("position-title").textContent = place_of(p);
+  const place = place_of(p);
+  at("position-title").textContent = place[0].toUpperCase() + place.slice(1);
   const step = Math.max(page.step, 1);
+  const what = input_of_step().mask[p] ? "the blank" : "it";
   at("candidates-caption").textContent =
-    `The most probable tokens here, as step ${step} sees ${input_of_step().mask[p] ? "the blank" : "it"}`;
+    `The most probable tokens here, as step ${step} sees ${what}`;
   const rows = candidates(p).map(([token, probability]) => candidate_row(p, token, probability));
   at("candidates").tBodies[0].replaceChildren(...rows);
   show_attention();
@@ -366,16 +395,19 @@ function show_attention() {
   const first = (Number(at("head").value) * length + page.selected) * length;
   const row = Array.from(weights.subarray(first, first + length));
   const largest = Math.max(...row);
-  at("attention").querySelectorAll(".cell").forEach((cell, p) => {
-    const token = input_of_step().tokens[p];
-    cell.style.setProperty("--weight", (row[p] / largest).toFixed(3));
-    cell.classList.toggle("is-sure", row[p] / largest > 0.5);
-    if (codec.kind !== "pixels") cell.textContent = token === MASK ? "_" : sign_of(token);
-    cell.setAttribute("aria-selected", String(p === page.selected));
-  });
+  at("attention")
+    .querySelectorAll(".cell")
+    .forEach((cell, p) => {
+      const token = input_of_step().tokens[p];
+      cell.style.setProperty("--weight", (row[p] / largest).toFixed(3));
+      cell.classList.toggle("is-sure", row[p] / largest > 0.5);
+      if (codec.kind !== "pixels") cell.textContent = token === MASK ? "_" : sign_of(token);
+      cell.setAttribute("aria-selected", String(p === page.selected));
+    });
   const order = row.map((_, p) => p).sort((a, b) => row[b] - row[a] || a - b);
   const told = order.slice(0, 3).map((p) => `${place_of(p)} (${row[p].toFixed(2)})`);
-  const text = `Block ${at("block").value}, head ${at("head").value} looks most at ${told.join("; ")}.`;
+  const head = `Block ${at("block").value}, head ${at("head").value}`;
+  const text = `${head} looks most at ${told.join("; ")}.`;
   at("attention").setAttribute("aria-label", text);
   at("attention-text").textContent = text;
 }
@@ -413,13 +445,16 @@ function make_grids() {
   };
   at("grid").replaceChildren(...rows_of(cell, () => with_role("div", "row", "")));
   at("attention").replaceChildren(
-    ...rows_of(() => element("div", "cell", ""), () => element("div", "row", "")),
+    ...rows_of(
+      () => element("div", "cell", ""),
+      () => element("div", "row", ""),
+    ),
   );
 }
 
 function columns_of() {
   if (codec.kind === "pixels") return codec.width * codec.channels;
-  return window.matchMedia("(max-width: 44rem)").matches ? 16 : 24;
+  return window.matchMedia("(max-width: 44rem)").matches ? 12 : 24;
 }
 
 // Tokens by hand
@@ -431,8 +466,12 @@ function select(p, with_focus) {
   if (with_focus) at("grid").querySelectorAll(".cell")[p].focus();
 }
 
+function chosen_tool() {
+  return document.querySelector("input[name=tool]:checked").value;
+}
+
 function use_tool(p) {
-  const tool = document.querySelector("input[name=tool]:checked").value;
+  const tool = chosen_tool();
   page.selected = p;
   if (tool === "look") select(p, true);
   else edit([[p, tool === "mask" ? MASK : Number(at("brush").value)]]);
@@ -440,9 +479,10 @@ function use_tool(p) {
 
 function on_pointer(event) {
   const cell = event.target.closest(".cell");
-  if (cell === null || (event.type === "pointerover" && event.buttons !== 1)) return;
-  const is_looking = document.querySelector("input[name=tool]:checked").value === "look";
-  if (event.type === "pointerover" && is_looking) return;
+  if (cell === null) return;
+  // A finger's events would all go to the cell that it touched first.
+  if (event.type === "pointerdown") event.target.releasePointerCapture(event.pointerId);
+  else if (event.buttons !== 1 || chosen_tool() === "look") return;
   use_tool(Number(cell.dataset.position));
 }
 
@@ -533,7 +573,10 @@ function on_text(event) {
 
 function fill_controls() {
   const { config } = model;
-  const size = Object.values(model.shapes).reduce((sum, shape) => sum + shape.reduce((a, b) => a * b, 1), 0);
+  const size = Object.values(model.shapes).reduce(
+    (sum, shape) => sum + shape.reduce((a, b) => a * b, 1),
+    0,
+  );
   at("about").textContent =
     `${model.title}: ${size.toLocaleString("en")} parameters, ${config.num_layers} blocks of ` +
     `${config.num_heads} heads, ${model.length} tokens, ${config.vocab_size - 1} ids and [MASK]. ` +
@@ -561,7 +604,8 @@ function fill_controls() {
 
 function words_of_keys() {
   if (is_text) return "a sign writes itself, _ and Delete make a blank.";
-  const digits = codec.kind === "pixels" ? "0 to 9 paint, from the lowest level to the highest, " : "";
+  const digits =
+    codec.kind === "pixels" ? "0 to 9 paint, from the lowest level to the highest, " : "";
   return `m and Delete make a blank, ${digits}+ and − change a token by one.`;
 }
 
@@ -577,7 +621,11 @@ function listen() {
   at("grid").addEventListener("pointerover", on_pointer);
   at("grid").addEventListener("keydown", on_grid_key);
   for (const id of ["block", "head"]) at(id).addEventListener("change", show_attention);
-  at("brush").addEventListener("input", show_brush);
+  at("tools").addEventListener("change", () => choose_tool(chosen_tool()));
+  at("brush").addEventListener("input", () => {
+    choose_tool("paint");
+    show_brush();
+  });
   at("mask-all").addEventListener("click", () => start_from(Array(model.length).fill(MASK)));
   at("mask-half").addEventListener("click", () => {
     const { tokens } = shown_state();
@@ -594,15 +642,19 @@ function listen() {
   });
 }
 
+function choose_tool(tool) {
+  document.querySelector(`input[value=${tool}]`).checked = true;
+  at("grid").classList.toggle("painting", tool !== "look");
+}
+
 function show_brush() {
   const token = Number(at("brush").value);
-  at("brush-shown").textContent = codec.kind === "pixels" ? token - 1 : sign_of(token);
-  document.querySelector("input[value=paint]").checked = true;
+  at("brush-shown").textContent = is_text ? "" : name_of(token).replace("level ", "");
 }
 
 fill_controls();
 show_brush();
-document.querySelector("input[value=look]").checked = true;
+choose_tool("look");
 listen();
 at("call").textContent = call_of(settings());
 start_from(Array(model.length).fill(MASK));

@@ -169,9 +169,7 @@ function rank(score, mask, progress, rule, noise) {
     const order = halton(length);
     priority = score.map((_, p) => -order.indexOf(p));
   }
-  return mask.map((masked, p) =>
-    masked ? Math.max(priority[p], -Number.MAX_VALUE) : -Infinity,
-  );
+  return mask.map((masked, p) => (masked ? Math.max(priority[p], -Number.MAX_VALUE) : -Infinity));
 }
 
 // The place of each position in the order of priority, 0 first; of equals the lower position.
@@ -225,7 +223,8 @@ function gumbel(uniforms) {
 // Uniform numbers in [0, 1) that depend on the seed, the step and what they are for, and on nothing
 // that was drawn before: the same numbers serve every rule. The generator is splitmix64's little
 // brother of 32 bits (Steele, Lea & Flood 2014, with the constants of MurmurHash3's finaliser); two
-// of its numbers make the 53 bits of one here. It is not NumPy's: the same seed gives marref others.
+// of its numbers make the 53 bits of one here. It is not NumPy's: with the same seed marref draws
+// others.
 function uniforms_of(seed, step, purpose, length) {
   let counter = 0;
   for (const part of [seed, step, purpose]) counter = mix(counter + part + 0x9e3779b9);

@@ -46,7 +46,7 @@ function embedding({ table }, tokens, { embed_dim, positions }) {
 function sinusoid(p, i, embed_dim, positions) {
   const half = embed_dim / 2;
   if (positions === "interleaved") {
-    const angle = p * 10000 ** -(2 * Math.floor(i / 2) / embed_dim);
+    const angle = p * 10000 ** -((2 * Math.floor(i / 2)) / embed_dim);
     return i % 2 === 0 ? Math.sin(angle) : Math.cos(angle);
   }
   const angle = p * 10000 ** -((i % half) / Math.max(half - 1, 1));
