@@ -60,6 +60,8 @@ def test_demo_writes_what_it_says_and_can_be_repeated(tiny, tmp_path, capsys):
         history = list(csv.DictReader(file))
     assert [row["step"] for row in history] == ["1", "2"]
     assert float(history[0]["loss"]) > 0
+    assert '"title": "marref demo"' in (out / "decode.html").read_text("utf-8")
+    assert f"open {out / 'decode.html'} in a browser" in printed
 
     again = tmp_path / "again"
     cli.main([*tiny, "--out", str(again)])
@@ -84,7 +86,8 @@ def test_without_the_viz_extra_the_demo_says_what_it_would_add(tiny, tmp_path, c
     printed = capsys.readouterr().out
     assert 'pip install ".[viz]"' in printed
     assert re.search(r"step 2/2: loss \d\.\d+, learning rate \S+, [\d,]+ tokens/s", printed)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["history.csv", "parameters.npz"]
+    written = ["decode.html", "history.csv", "parameters.npz"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == written
 
 
 def test_the_demo_measures_what_it_is_told_the_class_of():
@@ -263,7 +266,7 @@ def test_bash_completes_commands_options_choices_and_files(capsys, tmp_path, mon
 @pytest.mark.parametrize("shell", ["zsh", "tcsh"])
 def test_every_command_is_completed_in_other_shells_too(shell, capsys):
     script = completion(shell, capsys)
-    for command in ("train", "sample", "evaluate", "demo", "check", "golden", "compare"):
+    for command in ("train", "sample", "evaluate", "watch", "demo", "check", "golden", "compare"):
         assert command in script
     assert ("--top-p" in script) == (shell == "zsh"), "shtab knows no options of a command in tcsh"
 

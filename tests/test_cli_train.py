@@ -743,7 +743,7 @@ def test_the_version_is_printed(capsys):
 
 
 @pytest.mark.parametrize(
-    "command", ["train", "sample", "evaluate", "demo", "check", "golden", "compare"]
+    "command", ["train", "sample", "evaluate", "watch", "demo", "check", "golden", "compare"]
 )
 def test_the_help_of_a_command_ends_with_examples(command, capsys):
     with pytest.raises(SystemExit):

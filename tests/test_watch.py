@@ -1,8 +1,10 @@
 """The live decoder: its JavaScript computes what marref does, and its page does what it says."""
 
+import base64
 import dataclasses
 import json
 import math
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,13 +14,19 @@ import pytest
 from scipy.special import ndtr
 
 import marref
-from marref import decoding, demo, files, schedules
+from marref import cli, data, decoding, demo, files, loss, schedules, trees
+from marref.cli import prompts
 from marref.decoding import grid
 from marref.teach import watch
-from marref.verify import golden
+from marref.training import runs
+from marref.verify import golden, samplers
 from marref.verify.comparison import Golden, compare
+from tests.test_continuous_runs import CONFIG as CONTINUOUS
+from tests.test_continuous_runs import pictures
+from tests.test_runs import without_pictures
 
 NODE = shutil.which("node")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HARNESS = Path(__file__).with_name("watch_in_node.js")
 DEFAULTS = {
     "temperature": 1.0,
@@ -27,15 +35,12 @@ DEFAULTS = {
     "choice_temperature": 0.0,
     "exclude_mask_token": True,
 }
-MODELS = {
-    "shipped": {},
-    "otherwise": {
-        "gelu": "tanh",
-        "positions": "interleaved",
-        "layer_norm_epsilon": 1e-3,
-        "num_classes": 3,
-        "seq_len": 9,
-    },
+OTHERWISE = {
+    "gelu": "tanh",
+    "positions": "interleaved",
+    "layer_norm_epsilon": 1e-3,
+    "num_classes": 3,
+    "seq_len": 9,
 }
 DRAWN = ("uniforms", "order_uniforms", "noise")
 KEYS = ("score", "count", "revealed", "tokens", "mask", "confidence")
@@ -70,13 +75,22 @@ def numbers(array):
     return None if array is None else [x if math.isfinite(x) else None for x in array.tolist()]
 
 
-@pytest.fixture(scope="module", params=MODELS)
-def vectors(request):
-    """Golden vectors of a small model: those that ship, and others in their likeness."""
-    if request.param == "shipped":
-        return Golden(*files.load(golden.shipped("tiny")))
-    model = dataclasses.replace(golden.PRESETS["tiny"], **MODELS[request.param])
+@pytest.fixture(scope="module")
+def shipped():
+    """The golden vectors that ship."""
+    return Golden(*files.load(golden.shipped("tiny")))
+
+
+@pytest.fixture(scope="module")
+def otherwise():
+    """Golden vectors of a model whose every choice is the other one."""
+    model = dataclasses.replace(golden.PRESETS["tiny"], **OTHERWISE)
     return Golden(*golden.make(model, seed=3))
+
+
+@pytest.fixture(scope="module", params=["shipped", "otherwise"])
+def vectors(request):
+    return request.getfixturevalue(request.param)
 
 
 @in_node
@@ -169,23 +183,23 @@ def test_compare_accepts_the_decoder_token_for_token(vectors):
 
 
 @in_node
-def test_of_equals_the_lower_position_and_the_lower_id_come_first(vectors):
+def test_of_equals_the_lower_position_and_the_lower_id_come_first(shipped):
     settings = {f"ties/{name}": options for name, options in golden.TIES.items()}
-    bias = np.zeros(vectors.model.vocab_size)
+    bias = np.zeros(shipped.model.vocab_size)
     bias[:2] = 400.0, 200.0
-    head = {"kernel": np.zeros_like(vectors.params["head"]["kernel"]), "bias": bias}
-    assert compared_decoders(vectors, settings, {**vectors.params, "head": head}) == []
+    head = {"kernel": np.zeros_like(shipped.params["head"]["kernel"]), "bias": bias}
+    assert compared_decoders(shipped, settings, {**shipped.params, "head": head}) == []
 
 
 @in_node
-def test_with_the_numbers_of_chance_the_decoder_draws_the_tokens_of_the_golden_samplers(vectors):
+def test_with_the_numbers_of_chance_the_decoder_draws_the_tokens_of_the_golden_samplers(shipped):
     settings = {
         f"samplers/{name}": options
-        for name, options in vectors.metadata["samplers"].items()
+        for name, options in shipped.metadata["samplers"].items()
         if name in OFFERED
     }
     assert len(settings) >= len(OFFERED) - 1  # 5 positions are no square grid for halton
-    assert compared_decoders(vectors, settings) == []
+    assert compared_decoders(shipped, settings) == []
 
 
 @in_node
@@ -194,7 +208,7 @@ def test_a_model_like_the_demos_decodes_as_marref_does_from_the_numbers_that_it_
     jobs, expected = [], []
     for order in decoding.ORDERS:
         noisy = {"choice_temperature": 4.5} if order == "confidence" else {}
-        rule = {"num_steps": 7, "temperature": 0.8, "order": order, "schedule": "linear", **noisy}
+        rule = {"num_steps": 4, "temperature": 0.8, "order": order, "schedule": "linear", **noisy}
         _, steps = marref.iterative_decode(
             model,
             params,
@@ -254,3 +268,300 @@ def test_uniform_numbers_are_uniform_and_depend_on_seed_step_and_purpose_alone()
         assert abs(np.corrcoef(drawn[1:], drawn[:-1])[0, 1]) < 0.06
     for drawn in rest:
         assert abs(np.corrcoef(first, drawn)[0, 1]) < 0.06
+
+
+TEXT = "the quick brown </script> fox jumps over the lazy dog\n" * 20
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory):
+    """A run on characters, after a few steps."""
+    folder = tmp_path_factory.mktemp("watch")
+    (folder / "text.txt").write_text(TEXT)
+    dataset = data.load(folder / "text.txt", kind="characters", length=20)
+    sizes = {"embed_dim": 16, "num_layers": 1, "num_heads": 2, "num_steps": 3, "batch_size": 4}
+    with without_pictures():
+        runs.start(dataset, folder / "run", runs.Config(**sizes, num_threads=1))
+    return folder / "run"
+
+
+def told_by(path):
+    """What a page says of its model."""
+    return json.loads(re.search(r'id="model">(.*?)</script>', path.read_text("utf-8"))[1])
+
+
+def test_watch_writes_a_page_that_needs_no_other_file(text_run, tmp_path, capsys):
+    out = tmp_path / "decode.html"
+    assert cli.main(["watch", str(text_run), "--out", str(out)]) == 0
+    assert capsys.readouterr().out == (f"Wrote {out}, run, step 3, 0.1 MB; open it in a browser.\n")
+    html = out.read_text("utf-8")
+    assert re.findall(r'<script src|<link rel="stylesheet"|https?://|@import|fetch\(', html) == []
+    assert len(re.findall("</script>", html)) == 1 + len(watch.SCRIPTS)
+    for name in (*watch.SCRIPTS, "style.css"):
+        assert (watch.PAGE / name).read_text("utf-8") in html
+
+
+def test_a_page_holds_the_averaged_parameters_of_the_best_checkpoint(text_run, tmp_path):
+    cli.main(["watch", str(text_run), "--out", str(tmp_path / "decode.html")])
+    told, checkpoint = told_by(tmp_path / "decode.html"), runs.best(text_run)
+    assert marref.MAR(**told["config"]) == checkpoint.model
+    assert (told["length"], told["codec"]) == (20, checkpoint.codec)
+    numbers_of_page = np.frombuffer(base64.b64decode(told["weights"]), "<f4")
+    leaves = trees.flatten(checkpoint.state.averaged).values()
+    np.testing.assert_array_equal(
+        numbers_of_page, np.concatenate([leaf.ravel() for leaf in leaves])
+    )
+
+
+def test_a_saved_model_is_watched_by_its_ids(tmp_path, demo_model):
+    marref.training.save_model(tmp_path / "m.npz", *demo_model)
+    assert cli.main(["watch", str(tmp_path / "m.npz"), "--out", str(tmp_path / "m.html")]) == 0
+    told = told_by(tmp_path / "m.html")
+    assert told["codec"] == {"kind": "ids", "count": 17}
+    assert told["classes"] == list("0123456789")
+    assert (tmp_path / "m.html").stat().st_size < watch.SMALL
+
+
+def test_what_cannot_be_watched_is_said_and_leaves_the_file_as_it_was(tmp_path, capsys, demo_model):
+    (tmp_path / "decode.html").write_text("old")
+    with without_pictures():
+        runs.start(pictures(), tmp_path / "run", dataclasses.replace(CONTINUOUS, num_steps=1))
+    for run, message in (
+        ("run", "watch: received a run of the continuous model, expected discrete MAR"),
+        ("nothing", "holds no run"),
+    ):
+        out = ["--out", str(tmp_path / "decode.html")]
+        assert cli.main(["watch", str(tmp_path / run), *out]) == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / "decode.html").read_text() == "old"
+    with pytest.raises(ValueError, match="codec: ids has 5 ids, expected 17 as the model"):
+        watch.page(watch.Watched("", *demo_model, data.codecs.Ids(5), 64))
+
+
+def test_a_picture_is_drawn_in_the_greys_of_its_levels_or_as_ink(demo_model):
+    codec = data.codecs.Pixels(8, 8, channels=1, levels=17)
+    plain, ink = (
+        watch.told(watch.Watched("", *demo_model, codec, 64, ink=ink))["codec"]["greys"]
+        for ink in (False, True)
+    )
+    drawn = codec.decode(np.arange(1, 65).clip(max=17)[np.newaxis]).ravel()[:17]
+    assert plain == drawn.tolist()
+    assert ink == (255 - drawn).tolist()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra browser")
+    if CHROMIUM is None:
+        pytest.skip("needs chromium, the browser")
+    with playwright.sync_playwright() as started:
+        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
+
+
+@pytest.fixture
+def opened(browser):
+    """Open a page at a width; at the end, nothing may have been said on the console."""
+    contexts, said = [], []
+
+    def open_at(path, width=1400, **options):
+        size = {"width": width, "height": 800}
+        contexts.append(browser.new_context(viewport=size, reduced_motion="reduce", **options))
+        page = contexts[-1].new_page()
+        page.on("console", lambda message: said.append(message.text))
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.on(
+            "request",
+            lambda request: said.append(request.url) if path.name not in request.url else None,
+        )
+        page.goto(path.as_uri())
+        return page
+
+    yield open_at
+    for context in contexts:
+        context.close()
+    assert said == []
+
+
+@pytest.fixture(scope="module")
+def demo_page(tmp_path_factory, demo_model):
+    path = tmp_path_factory.mktemp("page") / "decode.html"
+    _, held_out = demo.digits()
+    watch.write(path, demo.watched(*demo_model, held_out))
+    return path
+
+
+def tokens_of(page):
+    return page.evaluate("shown_state().tokens")
+
+
+def scripted(page, folder, name):
+    """Paint, mask, step, change the rule, go back; return the tokens after each."""
+    seen = []
+
+    def look():
+        page.screenshot(path=folder / f"{name}-{len(seen)}.png", full_page=True)
+        seen.append(tokens_of(page))
+
+    page.get_by_label("paints").check()
+    page.locator("#grid .cell").nth(3).click()
+    look()
+    page.get_by_label("masks").check()
+    page.locator("#grid .cell").nth(3).click()
+    look()
+    for _ in range(3):
+        page.get_by_role("button", name="Forward").click()
+    look()
+    page.get_by_label("Rule").select_option("left-to-right")
+    look()
+    page.get_by_role("button", name="Back", exact=False).click()
+    look()
+    return seen
+
+
+@pytest.mark.parametrize("width", [360, 800, 1400])
+def test_a_session_paints_masks_steps_changes_the_rule_and_goes_back(
+    opened, demo_page, demo_model, tmp_path, width
+):
+    page = opened(demo_page, width, color_scheme="dark" if width == 800 else "light")
+    painted, masked, confidence, left_to_right, back = scripted(page, tmp_path, f"{width}")
+    assert painted == [0, 0, 0, 17, *[0] * 60]
+    assert masked == [0] * 64
+    for tokens, order in ((confidence, "confidence"), (left_to_right, "left-to-right")):
+        _, steps = marref.iterative_decode(*demo_model, order=order, return_steps=True)
+        assert tokens == steps["tokens"][2, 0].tolist()
+    assert back == steps["tokens"][1, 0].tolist()
+    assert [bool(token) for token in back] == [True] * 5 + [False] * 59
+    assert page.evaluate("document.documentElement.scrollWidth") == width
+    pictures = {path.read_bytes() for path in tmp_path.glob("*.png")}
+    assert len(pictures) == 5
+
+
+def test_the_first_paint_takes_less_than_a_second_and_a_step_less_than_a_tenth(opened, demo_page):
+    first_paint = "performance.getEntriesByType('paint')[0].startTime"
+    one_step = """() => {
+        const begin = performance.now();
+        show_at(page.step + 1);
+        document.body.getBoundingClientRect();
+        return performance.now() - begin;
+    }"""
+    pages = [opened(demo_page) for _ in range(3)]
+    for page in pages:
+        page.wait_for_timeout(100)
+    # The best of some: the machine does other things as well.
+    assert min(page.evaluate(first_paint) for page in pages) < 1000
+    assert min(pages[0].evaluate(one_step) for _ in range(8)) < 100
+
+
+def test_the_page_draws_what_marref_makes_of_its_uniform_numbers(opened, demo_page, demo_model):
+    page = opened(demo_page)
+    page.get_by_label("Tokens are").select_option("drawn")
+    page.get_by_label("Rule").select_option("maskgit")
+    page.get_by_label("Class").select_option("7")
+    page.get_by_label("Guidance").fill("1.5")
+    page.get_by_label("Guidance").press("Enter")
+    page.get_by_role("button", name="To the end").click()
+    page.get_by_text("Nothing is masked").wait_for()
+    model, params = demo_model
+    rule = samplers.rule_of({"num_steps": 8, "choice_temperature": 4.5, "guidance_scale": 1.5})
+    state = decoding.State.start(np.zeros((1, 64), np.int64), rule, np.dtype(np.float32))
+    while state.busy().any():
+        view, scale = state.look(), np.full(view_size(state), 1.5)
+        asked = ([0, state.number, purpose, 64] for purpose in (0, 1))
+        drawn = [page.evaluate("(asked) => uniforms_of(...asked)", one) for one in asked]
+        uniforms, for_order = (np.array([row]) for row in drawn)
+        chance = decoding.Chance(uniforms, samplers.gumbel(for_order))
+        at = view.wanted
+        logits = decoding.guide(
+            model(params, state.tokens, [7])[at], model(params, state.tokens)[at], scale
+        )
+        state.advance(view, decoding.predict(logits, rule, uniforms[at]), chance)
+    assert tokens_of(page) == state.tokens[0].tolist()
+    assert 'order="' not in page.locator("#call").inner_text()
+    for told in ("choice_temperature=4.5", "labels=[7]", "guidance_scale=1.5", "rng=rng"):
+        assert told in page.locator("#call").inner_text()
+
+
+def view_size(state):
+    return int(state.masked.sum())
+
+
+def test_keys_alone_move_paint_mask_and_step_and_each_step_is_said(opened, demo_page):
+    page = opened(demo_page)
+    page.locator("#grid [tabindex='0']").focus()
+    for key in ("ArrowRight", "ArrowDown", "9"):
+        page.keyboard.press(key)
+    assert tokens_of(page)[9] == 17
+    focused = "document.activeElement.getAttribute('aria-label')"
+    assert page.evaluate(focused) == "row 2, column 2: level 16, known from the start"
+    page.keyboard.press("-")
+    assert tokens_of(page)[9] == 16
+    page.keyboard.press("Delete")
+    assert tokens_of(page)[9] == 0
+    page.keyboard.press("PageDown")
+    said = page.locator("#status").inner_text()
+    assert re.match(r"Step 1 of 8 revealed 2: row \d, column \d becomes level \d+ \(p ", said)
+    assert said.endswith("62 still masked.")
+    assert page.locator("#grid .revealed").count() == 2
+    page.keyboard.press("PageUp")
+    assert page.locator("#status").inner_text() == "The start: 64 of 64 tokens are masked."
+    page.get_by_label("Step 0 of 8").press("End")
+    page.get_by_text("Nothing is masked").wait_for()
+    assert page.get_by_role("button", name="Forward").is_disabled()
+
+
+def test_a_position_shows_its_candidates_and_where_a_head_looks(opened, demo_page, demo_model):
+    page = opened(demo_page)
+    page.locator("#grid .cell").nth(20).click()
+    model, params = demo_model
+    logits, cache = model.forward(params, np.zeros((1, 64), np.int64))
+    p = np.exp(loss.log_softmax(logits[0, 20:21, 1:]))[0]
+    rows = page.locator("#candidates tbody tr").all_inner_texts()
+    found = [re.match(r"level (\d+)\s+([\d.]+)", row).groups() for row in rows]
+    best = np.argsort(-p)[:5]
+    assert found == [(str(level), f"{p[level]:.3f}") for level in best]
+    page.locator("#block").select_option("1")
+    page.locator("#head").select_option("2")
+    weights = cache["blocks"][1]["attention"]["weights"][0, 2, 20]
+    row, column = divmod(int(weights.argmax()), 8)
+    said = page.locator("#attention-text").inner_text()
+    assert f"looks most at row {row + 1}, column {column + 1} ({weights.max():.2f});" in said
+    page.get_by_role("button", name=f"put level {best[1]} at row 3, column 5").click()
+    assert tokens_of(page)[20] == best[1] + 1
+
+
+def test_an_example_is_loaded_and_its_lower_half_masked(opened, demo_page):
+    page = opened(demo_page)
+    page.get_by_label("An example").select_option("a real 3")
+    three = data.digits()[1][data.digit_labels()[1] == 3][0].tolist()
+    assert tokens_of(page) == three
+    assert page.locator("#status").inner_text().startswith("Nothing is masked")
+    page.get_by_role("button", name="the lower half masked").click()
+    assert tokens_of(page) == three[:32] + [0] * 32
+
+
+def test_of_a_text_run_blanks_are_typed_and_filled(opened, text_run, tmp_path):
+    cli.main(["watch", str(text_run), "--out", str(tmp_path / "text.html")])
+    checkpoint = runs.best(text_run)
+    codec = data.codec_from_dict(checkpoint.codec)
+    page = opened(tmp_path / "text.html", 360)
+    text = page.get_by_label("Text, with _")
+    text.fill("the qu_ck \\_")
+    start = page.get_by_role("button", name="Start from this text")
+    start.click()
+    assert "“_” is not in the alphabet" in page.locator("#text-error").inner_text()
+    text.fill("the qu_ck bro__")
+    start.click()
+    assert page.locator("#text-error").inner_text() == ""
+    tokens = prompts.of_text("the qu_ck bro__", codec)
+    assert tokens_of(page) == tokens.tolist()
+    page.locator("#grid .cell").nth(6).click()
+    for key in ("o", " ", "Backspace"):
+        page.keyboard.press(key)
+    page.keyboard.press("PageDown")
+    page.get_by_role("button", name="To the end").click()
+    expected = tokens.copy()
+    expected[6:8] = codec.encode("o")[0], 0
+    assert page.evaluate("page.history[0].tokens") == expected.tolist()
+    page.get_by_text("Nothing is masked").wait_for()

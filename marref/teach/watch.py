@@ -126,27 +126,37 @@ def write(path: str | os.PathLike[str], watched: Watched) -> int:
 
 def page(watched: Watched) -> str:
     """Make the text of the page."""
+    # No text of a data set may end the script that it stands in.
+    inner = json.dumps(told(watched)).replace("<", "\\u003c")
+    html = _source("decode.html")
+    html = _STYLE.sub(lambda found: f"<style>\n{_source(found[1])}</style>", html)
+    html = _SCRIPT.sub(lambda found: f"<script>\n{_source(found[1])}</script>", html)
+    return html.replace(_MODEL, _MODEL.replace("><", f">{inner}<"))
+
+
+def told(watched: Watched) -> dict[str, Any]:
+    """Tell the page what it shows, in what JSON can hold.
+
+    Raises
+    ------
+    TypeError, ValueError
+        The parameters do not fit the model, or the codec does not.
+    """
     check_model(watched.model)
     if watched.codec.num_ids + 1 != watched.model.vocab_size:
         raise ValueError(
             f"codec: {watched.codec.kind} has {watched.codec.num_ids} ids, expected "
             f"{watched.model.vocab_size - 1} as the model"
         )
-    told = {
+    return {
         "title": watched.title,
         "marref": marref.__version__,
         **packed(watched.model, watched.params),
         "length": watched.length,
-        "codec": _told(watched.codec, watched.ink),
+        "codec": _codec(watched.codec, watched.ink),
         "classes": list(watched.classes),
         "examples": {name: list(map(int, row)) for name, row in watched.examples.items()},
     }
-    # No text of a data set may end the script that it stands in.
-    inner = json.dumps(told).replace("<", "\\u003c")
-    html = _source("decode.html")
-    html = _STYLE.sub(lambda found: f"<style>\n{_source(found[1])}</style>", html)
-    html = _SCRIPT.sub(lambda found: f"<script>\n{_source(found[1])}</script>", html)
-    return html.replace(_MODEL, _MODEL.replace("><", f">{inner}<"))
 
 
 def packed(model: MAR, params: Tree) -> dict[str, Any]:
@@ -170,16 +180,17 @@ def packed(model: MAR, params: Tree) -> dict[str, Any]:
     return {"config": model.as_dict(), "shapes": shapes, "weights": weights}
 
 
-def _told(codec: Codec, ink: bool) -> dict[str, Any]:
+def _codec(codec: Codec, ink: bool) -> dict[str, Any]:
     """Tell what the page needs of a codec: how each token is shown, and the shape of a picture."""
-    tokens: Array = np.arange(codec.num_ids + 1)
     if isinstance(codec, Pixels):
-        values = np.rint(np.arange(codec.levels) * 255 / (codec.levels - 1)).astype(int)
+        # Halves up, as the codec does.
+        values = np.floor(np.arange(codec.levels) * 255 / (codec.levels - 1) + 0.5).astype(int)
         greys = (255 - values if ink else values).tolist()
         size = {"height": codec.height, "width": codec.width, "channels": codec.channels}
         return {"kind": codec.kind, **size, "greys": greys}
     if isinstance(codec, Tokenizer):
-        return {"kind": codec.kind, "pieces": codec.decode(tokens[1:, np.newaxis])}
+        tokens: Array = np.arange(1, codec.num_ids + 1)[:, np.newaxis]
+        return {"kind": codec.kind, "pieces": codec.decode(tokens)}
     return codec.as_dict()
 
 

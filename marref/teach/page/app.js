@@ -459,11 +459,11 @@ function columns_of() {
 
 // Tokens by hand
 
-function select(p, with_focus) {
+function select(p) {
   page.selected = p;
   show_grid();
   show_position();
-  if (with_focus) at("grid").querySelectorAll(".cell")[p].focus();
+  focus_selected();
 }
 
 function chosen_tool() {
@@ -473,7 +473,7 @@ function chosen_tool() {
 function use_tool(p) {
   const tool = chosen_tool();
   page.selected = p;
-  if (tool === "look") select(p, true);
+  if (tool === "look") select(p);
   else edit([[p, tool === "mask" ? MASK : Number(at("brush").value)]]);
 }
 
@@ -501,9 +501,10 @@ function on_grid_key(event) {
   };
   if (event.key in moves) {
     const next = moves[event.key];
-    if (next >= 0 && next <= last) select(next, true);
+    if (next >= 0 && next <= last) select(next);
   } else if (event.key === "PageDown") show_at(page.step + 1);
   else if (event.key === "PageUp") show_at(Math.max(page.step - 1, 0));
+  else if (event.key === "Backspace" && is_text) unwrite();
   else if (event.key === "Delete" || event.key === "Backspace") edit([[p, MASK]]);
   else if (!on_sign(event.key)) return;
   event.preventDefault();
@@ -540,8 +541,20 @@ function type_sign(key) {
   const p = page.selected;
   page.selected = Math.min(p + fitting.length, length - 1);
   edit(fitting.map((token, i) => [p + i, token]));
-  at("grid").querySelectorAll(".cell")[page.selected].focus();
+  focus_selected();
   return true;
+}
+
+// Mask the token before this position, and go there: what was typed last.
+function unwrite() {
+  const p = Math.max(page.selected - 1, 0);
+  page.selected = p;
+  edit([[p, MASK]]);
+  focus_selected();
+}
+
+function focus_selected() {
+  at("grid").querySelectorAll(".cell")[page.selected].focus();
 }
 
 // Start from other tokens, as many as there are.
@@ -603,7 +616,7 @@ function fill_controls() {
 }
 
 function words_of_keys() {
-  if (is_text) return "a sign writes itself, _ and Delete make a blank.";
+  if (is_text) return "a sign writes itself, _ and Delete make a blank, Backspace one before.";
   const digits =
     codec.kind === "pixels" ? "0 to 9 paint, from the lowest level to the highest, " : "";
   return `m and Delete make a blank, ${digits}+ and − change a token by one.`;
