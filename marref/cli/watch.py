@@ -39,5 +39,5 @@ def _run(parsed: argparse.Namespace) -> int:
     size = watch.write(parsed.out, watched)
     print(f"Wrote {parsed.out}, {watched.title}, {size / 1e6:.1f} MB; open it in a browser.")
     if size > watch.SMALL:
-        print("A model of this size takes the browser more than a tenth of a second a step.")
+        print("A model of this size may take the browser more than a tenth of a second a step.")
     return 0

@@ -26,7 +26,7 @@ from marref.trees import Array, Tree
 PAGE = Path(__file__).parent / "page"
 SCRIPTS = ("mar.js", "decoder.js", "app.js")
 SMALL = 2_000_000
-"""Bytes of a page up to which a step takes less than a tenth of a second."""
+"""Bytes of a page up to which a step should take less than a tenth of a second."""
 
 _STYLE = re.compile(r'<link rel="stylesheet" href="([\w.]+)">')
 _SCRIPT = re.compile(r'<script src="([\w.]+)"></script>')

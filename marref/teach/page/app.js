@@ -7,6 +7,7 @@
 const model = JSON.parse(document.getElementById("model").textContent);
 const params = unpack(model.shapes, bytes_of(model.weights));
 const codec = model.codec;
+const alphabet = Array.from(codec.alphabet ?? "");
 const is_text = codec.kind === "characters" || codec.kind === "bytes";
 
 // What each choice of "Rule" says in marref's arguments; what it leaves out is the default.
@@ -23,6 +24,8 @@ const RULES = {
 const FOR_TOKENS = 0;
 const FOR_ORDER = 1;
 const NUM_CANDIDATES = 5;
+// From here on the colour of a blank, in either theme, has more contrast to the other text colour.
+const SURE = 0.68;
 
 const page = {
   history: [], // [0] is the start, [k] the state after step k
@@ -34,6 +37,7 @@ const page = {
 };
 
 const at = (id) => document.getElementById(id);
+const cells_of = (id) => at(id).querySelectorAll(".cell");
 
 function bytes_of(base64) {
   return Uint8Array.from(atob(base64), (character) => character.charCodeAt(0));
@@ -158,17 +162,11 @@ function edit(changes) {
 
 // What tokens look like
 
-function grey_of(token) {
-  return `rgb(${Array(3)
-    .fill(codec.greys[token - 1])
-    .join(" ")})`;
-}
-
 // The colour of a token in its place; of a picture in colours each channel is a cell.
 function shade_of(token, p) {
-  if (codec.channels === 1) return grey_of(token);
   const value = codec.greys[token - 1];
-  return `rgb(${[0, 1, 2].map((channel) => (channel === p % 3 ? value : 0)).join(" ")})`;
+  const is_lit = (channel) => codec.channels === 1 || channel === p % 3;
+  return `rgb(${[0, 1, 2].map((channel) => (is_lit(channel) ? value : 0)).join(" ")})`;
 }
 
 // A token in a word.
@@ -183,7 +181,7 @@ function name_of(token) {
 
 // What a token of text stands for.
 function piece_of(token) {
-  if (codec.kind === "characters") return Array.from(codec.alphabet)[token - 1];
+  if (codec.kind === "characters") return alphabet[token - 1];
   if (codec.kind === "tokenizer") return codec.pieces[token - 1];
   const byte = token - 1;
   const is_printed = byte === 9 || byte === 10 || (byte >= 32 && byte < 127);
@@ -213,7 +211,7 @@ function tokens_of(text) {
 
 function tokens_of_sign(sign) {
   if (codec.kind === "bytes") return [...new TextEncoder().encode(sign)].map((byte) => byte + 1);
-  const token = Array.from(codec.alphabet).indexOf(sign) + 1;
+  const token = alphabet.indexOf(sign) + 1;
   if (token === 0) throw new RangeError(`“${sign}” is not in the alphabet of the run.`);
   return [token];
 }
@@ -230,25 +228,24 @@ function show() {
 function show_grid() {
   const state = shown_state();
   const predictions = state_of_predictions();
-  at("grid")
-    .querySelectorAll(".cell")
-    .forEach((cell, p) => {
-      const is_given = page.history[0].tokens[p] !== MASK;
-      const revealed_now = page.step > 0 && state.revealed[p];
-      const token = state.mask[p] ? predictions.predicted[p] : state.tokens[p];
-      const confidence = predictions.confidence[p];
-      cell.className = "cell";
-      cell.classList.toggle("blank", state.mask[p]);
-      cell.classList.toggle("is-sure", state.mask[p] && confidence > 0.5);
-      cell.classList.toggle("given", is_given);
-      cell.classList.toggle("revealed", revealed_now);
-      cell.style.setProperty("--p", confidence.toFixed(3));
-      draw_token(cell, token, p, state.mask[p]);
-      if (revealed_now) cell.append(element("span", "place", String(state.place[p] + 1)));
-      cell.setAttribute("aria-selected", String(p === page.selected));
-      cell.tabIndex = p === page.selected ? 0 : -1;
-      cell.setAttribute("aria-label", words_of_cell(p, token, confidence, is_given, revealed_now));
-    });
+  cells_of("grid").forEach((cell, p) => {
+    const is_given = page.history[0].tokens[p] !== MASK;
+    const revealed_now = page.step > 0 && state.revealed[p];
+    const token = state.mask[p] ? predictions.predicted[p] : state.tokens[p];
+    const confidence = predictions.confidence[p];
+    cell.className = "cell";
+    cell.classList.toggle("blank", state.mask[p]);
+    cell.classList.toggle("is-sure", state.mask[p] && confidence > SURE);
+    cell.classList.toggle("given", is_given);
+    cell.classList.toggle("revealed", revealed_now);
+    cell.classList.toggle("selected", p === page.selected);
+    cell.style.setProperty("--p", confidence.toFixed(3));
+    draw_token(cell, token, p, state.mask[p]);
+    if (revealed_now) cell.append(element("span", "place", String(state.place[p] + 1)));
+    cell.setAttribute("aria-selected", String(p === page.selected));
+    cell.tabIndex = p === page.selected ? 0 : -1;
+    cell.setAttribute("aria-label", words_of_cell(p, token, confidence, is_given, revealed_now));
+  });
 }
 
 function draw_token(cell, token, p, is_blank) {
@@ -395,15 +392,13 @@ function show_attention() {
   const first = (Number(at("head").value) * length + page.selected) * length;
   const row = Array.from(weights.subarray(first, first + length));
   const largest = Math.max(...row);
-  at("attention")
-    .querySelectorAll(".cell")
-    .forEach((cell, p) => {
-      const token = input_of_step().tokens[p];
-      cell.style.setProperty("--weight", (row[p] / largest).toFixed(3));
-      cell.classList.toggle("is-sure", row[p] / largest > 0.5);
-      if (codec.kind !== "pixels") cell.textContent = token === MASK ? "_" : sign_of(token);
-      cell.setAttribute("aria-selected", String(p === page.selected));
-    });
+  cells_of("attention").forEach((cell, p) => {
+    const token = input_of_step().tokens[p];
+    cell.style.setProperty("--weight", (row[p] / largest).toFixed(3));
+    cell.classList.toggle("is-sure", row[p] / largest > SURE);
+    if (codec.kind !== "pixels") cell.textContent = token === MASK ? "_" : sign_of(token);
+    cell.classList.toggle("selected", p === page.selected);
+  });
   const order = row.map((_, p) => p).sort((a, b) => row[b] - row[a] || a - b);
   const told = order.slice(0, 3).map((p) => `${place_of(p)} (${row[p].toFixed(2)})`);
   const head = `Block ${at("block").value}, head ${at("head").value}`;
@@ -454,7 +449,9 @@ function make_grids() {
 
 function columns_of() {
   if (codec.kind === "pixels") return codec.width * codec.channels;
-  return window.matchMedia("(max-width: 44rem)").matches ? 12 : 24;
+  const is_narrow = window.matchMedia("(max-width: 44rem)").matches;
+  if (codec.kind === "tokenizer") return is_narrow ? 4 : 8;
+  return is_narrow ? 12 : 24;
 }
 
 // Tokens by hand
@@ -554,7 +551,7 @@ function unwrite() {
 }
 
 function focus_selected() {
-  at("grid").querySelectorAll(".cell")[page.selected].focus();
+  cells_of("grid")[page.selected].focus();
 }
 
 // Start from other tokens, as many as there are.
@@ -591,16 +588,15 @@ function fill_controls() {
     0,
   );
   at("about").textContent =
-    `${model.title}: ${size.toLocaleString("en")} parameters, ${config.num_layers} blocks of ` +
-    `${config.num_heads} heads, ${model.length} tokens, ${config.vocab_size - 1} ids and [MASK]. ` +
-    `marref ${model.marref}.`;
+    `${model.title}. Parameters: ${size.toLocaleString("en")}; layers: ${config.num_layers}; ` +
+    `heads: ${config.num_heads}; tokens: ${model.length}; ids: ${config.vocab_size - 1} and ` +
+    `[MASK]. marref ${model.marref}.`;
   const option = (select, value, text) => at(select).append(new Option(text, value));
   model.classes.forEach((name, number) => option("class", number, name));
   Object.keys(model.examples).forEach((name) => option("example", name, name));
   for (let i = 0; i < config.num_layers; i++) option("block", i, i);
   for (let i = 0; i < config.num_heads; i++) option("head", i, i);
-  const is_pixels = codec.kind === "pixels";
-  at("grid").classList.toggle("pixels", is_pixels);
+  for (const id of ["grid", "attention"]) at(id).classList.add(codec.kind);
   at("brush").max = config.vocab_size - 1;
   at("brush").value = config.vocab_size - 1;
   at("num-steps").max = model.length;
