@@ -23,6 +23,7 @@ from marref.verify import golden, samplers
 from marref.verify.comparison import Golden, compare
 from tests.test_continuous_runs import CONFIG as CONTINUOUS
 from tests.test_continuous_runs import pictures
+from tests.test_data import word_tokenizer
 from tests.test_runs import without_pictures
 
 NODE = shutil.which("node")
@@ -327,16 +328,31 @@ def test_what_cannot_be_watched_is_said_and_leaves_the_file_as_it_was(tmp_path, 
     (tmp_path / "decode.html").write_text("old")
     with without_pictures():
         runs.start(pictures(), tmp_path / "run", dataclasses.replace(CONTINUOUS, num_steps=1))
-    for run, message in (
-        ("run", "watch: received a run of the continuous model, expected discrete MAR"),
-        ("nothing", "holds no run"),
+    for run, out, message in (
+        ("run", "decode.html", "received a run of the continuous model, expected discrete MAR"),
+        ("nothing", "decode.html", "holds no run"),
+        ("run", "none/decode.html", "none/decode.html, whose folder does not exist"),
     ):
-        out = ["--out", str(tmp_path / "decode.html")]
-        assert cli.main(["watch", str(tmp_path / run), *out]) == 2
+        assert cli.main(["watch", str(tmp_path / run), "--out", str(tmp_path / out)]) == 2
         assert message in capsys.readouterr().err
     assert (tmp_path / "decode.html").read_text() == "old"
     with pytest.raises(ValueError, match="codec: ids has 5 ids, expected 17 as the model"):
         watch.page(watch.Watched("", *demo_model, data.codecs.Ids(5), 64))
+
+
+def test_of_a_large_page_it_is_said_that_steps_take_time(text_run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(watch, "SMALL", 10_000)
+    assert cli.main(["watch", str(text_run), "--out", str(tmp_path / "decode.html")]) == 0
+    assert "more than a tenth of a second a step" in capsys.readouterr().out
+
+
+def test_the_tokens_of_a_tokenizer_are_shown_by_their_pieces(tmp_path):
+    pytest.importorskip("tokenizers")
+    codec = data.codecs.Tokenizer(word_tokenizer(tmp_path / "t.json").read_text("utf-8"))
+    model = marref.MAR(codec.num_ids + 1, embed_dim=8, num_layers=1, num_heads=2, seq_len=6)
+    watched = watch.Watched("", model, model.init(np.random.default_rng(0)), codec, 6)
+    pieces = watch.told(watched)["codec"]["pieces"]
+    assert pieces == ["[UNK]", "the", "cat", "sat"]
 
 
 def test_a_picture_is_drawn_in_the_greys_of_its_levels_or_as_ink(demo_model):
