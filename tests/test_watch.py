@@ -11,12 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from scipy.special import ndtr
 
 import marref
 from marref import cli, data, decoding, demo, files, loss, schedules, trees
 from marref.cli import prompts
 from marref.decoding import grid
+from marref.layers import gelu
 from marref.teach import watch
 from marref.training import runs
 from marref.verify import golden, samplers
@@ -245,10 +245,12 @@ def test_reveal_counts_are_those_of_the_schedules():
 
 
 @in_node
-def test_the_normal_distribution_keeps_the_digits_of_its_tails():
+def test_both_gates_of_gelu_keep_their_digits_in_the_tails():
     x = np.linspace(-12, 12, 4801)
-    (found,) = node([{"do": "normal_distribution", "x": x.tolist()}])
-    np.testing.assert_allclose(found, ndtr(x), rtol=1e-12)
+    jobs = [{"do": "gate", "gelu": kind, "x": x.tolist()} for kind in gelu.KINDS]
+    for job, found in zip(jobs, node(jobs), strict=True):
+        expected, _ = gelu.gate(x, job["gelu"])
+        np.testing.assert_allclose(found, expected, rtol=1e-12, err_msg=job["gelu"])
 
 
 @in_node
@@ -498,6 +500,9 @@ def test_the_page_draws_what_marref_makes_of_its_uniform_numbers(opened, demo_pa
     assert 'order="' not in page.locator("#call").inner_text()
     for told in ("choice_temperature=4.5", "labels=[7]", "guidance_scale=1.5", "rng=rng"):
         assert told in page.locator("#call").inner_text()
+    page.get_by_label("Rule").select_option("random")
+    page.get_by_label("Tokens are").select_option("")
+    assert 'order="random", temperature=0, labels=[7]' in page.locator("#call").inner_text()
 
 
 def view_size(state):

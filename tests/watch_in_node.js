@@ -33,7 +33,7 @@ const answers = {
   decode,
   schedule: (_, { name, num_masked, num_steps }) => SCHEDULES[name](num_masked, num_steps),
   halton: (_, { length }) => halton(length),
-  normal_distribution: (_, { x }) => x.map(normal_distribution),
+  gate: (_, { x, gelu }) => x.map(gelu === "erf" ? normal_distribution : tanh_gate),
   uniforms: (_, { seed, step, purpose, length }) => uniforms_of(seed, step, purpose, length),
 };
 
