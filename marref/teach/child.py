@@ -108,9 +108,13 @@ def _said(error: BaseException, file: str) -> str:
     return f"raises {type(error).__name__}{where}" + (f": {said}" if said else "")
 
 
-if __name__ == "__main__":
-    *arguments, limit = sys.argv[1:]
-    with (Path(arguments[-1]) / "stopped.txt").open("w") as stopped:
+def main_within(exercise: str, file: str, out: str, limit: str) -> None:
+    """Do so, and end the process after so many seconds."""
+    with (Path(out) / "stopped.txt").open("w") as stopped:
         faulthandler.dump_traceback_later(float(limit), exit=True, file=stopped)
-        main(*arguments)
+        main(exercise, file, out)
         faulthandler.cancel_dump_traceback_later()
+
+
+if __name__ == "__main__":
+    main_within(*sys.argv[1:])

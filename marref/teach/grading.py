@@ -149,16 +149,23 @@ def graded(exercise: Exercise, folder: Path, ended: str) -> Grade:
 
 def _run(file: Path, exercise: Exercise, folder: str, time_limit: float) -> str:
     """Run the file in a child process; return how it ended, for when it has not come to the end."""
-    path = str(file.resolve())
-    command = [sys.executable, "-m", "marref.teach.child", exercise.name, path, folder]
+    arguments = [exercise.name, str(file.resolve()), folder, str(time_limit)]
     # What the file prints goes to the standard error: the output is the grader's.
     done = subprocess.run(
-        [*command, str(time_limit)], stdin=subprocess.DEVNULL, stdout=2, check=False
+        [sys.executable, "-m", "marref.teach.child", *arguments],
+        stdin=subprocess.DEVNULL,
+        stdout=2,
+        check=False,
     )
-    stopped = (Path(folder) / "stopped.txt").read_text("utf-8", "replace")
+    return how_it_ended(file, Path(folder), time_limit, done.returncode)
+
+
+def how_it_ended(file: Path, folder: Path, time_limit: float, status: int) -> str:
+    """Say how a child ended that may not have come to the end."""
+    stopped = (folder / "stopped.txt").read_text("utf-8", "replace")
     if not stopped:
-        return f"ended the process, with status {done.returncode}"
-    line = re.search(rf'"{re.escape(path)}", line (\d+)', stopped)
+        return f"ended the process, with status {status}"
+    line = re.search(rf'"{re.escape(str(file.resolve()))}", line (\d+)', stopped)
     return f"did not end within {time_limit:g} s" + (f", in line {line[1]}" if line else "")
 
 
