@@ -35,7 +35,7 @@ class Part:
         each call.  Generic: no symmetry, no 0 and no 1 in which a mistake could hide.
     steps : dict of str to str
         The step of the derivation to look at, by the outputs that are wrong, joined by blanks; or
-        by the first of them.
+        by the first of them, where each has a step of its own.
     mistakes : dict of str to callable
         Mistakes that the catalogue lacks, since nobody makes them in a port: what computes them, by
         what is said of them.

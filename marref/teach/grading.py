@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -180,6 +180,12 @@ def _compared(part: Part, outputs: Path) -> Verdict:
     try:
         for found, right in zip(given, expected, strict=True):
             layers.check_fit(found, right)
+    except ValueError as problem:
+        said = "; or: ".join(layers.mistakes_in_shape(known(part), given, expected))
+        mistake = f"\nExactly the numbers of this mistake: {said}" if said else ""
+        return Verdict(part.name, False, f"is wrong: {problem}{mistake}")
+    try:
+        for found, right in zip(given, expected, strict=True):
             _check_dtypes(found, right)
     except ValueError as problem:
         return Verdict(part.name, False, f"is wrong: {problem}")
@@ -187,14 +193,38 @@ def _compared(part: Part, outputs: Path) -> Verdict:
     if diagnosis.passed:
         largest = max(diagnosis.errors.values())
         return Verdict(part.name, True, f"is right, to {largest:.1e} (allowed {layers.TOLERANCE})")
-    said = "\n".join(finding.sentence + _step(part, finding) for finding in diagnosis.findings)
-    return Verdict(part.name, False, f"is wrong: {said}")
+    return Verdict(part.name, False, f"is wrong: {_said(part, diagnosis)}")
 
 
-def _step(part: Part, finding: layers.Finding) -> str:
+def _said(part: Part, found: layers.LayerDiagnosis) -> str:
+    """Say what was found; last and in one line, what is wrong and no known mistake explains.
+
+    One mistake in a backward makes wrong whatever comes after it, which may be dozens of outputs;
+    it is found between them and what is right.
+    """
+    findings = found.findings
+    unnamed = [finding.outputs[0] for finding in findings if not finding.mistakes]
+    lines: list[str] = []
+    others: list[str] = []
+    for finding in findings:
+        together = finding.outputs if finding.mistakes else tuple(unnamed)
+        unnamed = unnamed[not finding.mistakes :]
+        said = finding.sentence + _step(part, together)
+        if lines and not finding.mistakes and said == finding.sentence:
+            others += finding.outputs
+        else:
+            lines.append(said)
+    if others:
+        wrong = {name for finding in findings for name in finding.outputs}
+        right = [name for name in found.errors if name not in wrong]
+        lines.append(f"Wrong too: {', '.join(others)}. Right: {', '.join(right) or 'nothing'}.")
+    return "\n".join(lines)
+
+
+def _step(part: Part, outputs: Sequence[str]) -> str:
     """Say which step of the derivation it is, where the wrong outputs tell."""
-    together, first = " ".join(finding.outputs), finding.outputs[0]
-    step = part.steps.get(together, part.steps.get(first))
+    own = part.steps.get(outputs[0]) if all(name in part.steps for name in outputs) else None
+    step = part.steps.get(" ".join(outputs), own)
     return f"\nThe step to look at: {step}." if step else ""
 
 

@@ -8,6 +8,8 @@ Page: docs/exercises.md.
 
 import contextlib
 import dataclasses
+import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -174,17 +176,17 @@ def diagnose_points(
     findings = []
     while wrong:
         outputs, texts = _best(mistakes, given, wrong, set(errors) - set(wrong), tolerance)
-        arrays, right = next(
+        pairs = [
             pair
             for pair in zip(given, expected, strict=True)
             if not error(pair[0][wrong[0]], pair[1][wrong[0]]) <= tolerance
-        )
-        sentence = _first_wrong(wrong[0], arrays, right, tolerance)
+        ]
+        sentence = _first_wrong(wrong[0], *pairs[0], tolerance)
         if texts:
             said = "; or: ".join(texts.values())
             sentence += f"\n{', '.join(outputs)}: exactly the numbers of this mistake: {said}"
         else:
-            sentence += _relation(arrays[wrong[0]], right, wrong[0], tolerance)
+            sentence += _relation(wrong[0], pairs, tolerance)
         findings.append(Finding(outputs, tuple(texts), sentence))
         wrong = [name for name in wrong if name not in outputs]
     return LayerDiagnosis(errors, tuple(findings))
@@ -258,20 +260,47 @@ def candidates(
 ) -> Iterator[Candidate]:
     """Compute with every mistake of the catalogue, and some more; arguments as above."""
     for text, function in mistakes.items():
-        yield text, text, [_computed(function, point, names) for point in points]
+        yield text, text, [_computed(functools.partial(function, **each), names) for each in points]
+    # Faults take the arguments as marref passes them: by position, where that can be.
+    bound = [inspect.signature(reference).bind(**point) for point in points]
+    calls = [functools.partial(reference, *each.args, **each.kwargs) for each in bound]
     for fault in itertools.chain(CATALOGUE.values(), CONTINUOUS.values()):
         with fault.applied():
-            arrays = [_computed(reference, point, names) for point in points]
+            arrays = [_computed(call, names) for call in calls]
         yield fault.name, f"{fault.name}. {fault.summary}", arrays
 
 
-def _computed(
-    function: Function, inputs: Mapping[str, Any], names: tuple[str | None, ...]
-) -> Arrays:
+def mistakes_in_shape(
+    mistakes: Iterable[Candidate],
+    given: Sequence[Arrays],
+    expected: Sequence[Arrays],
+    tolerance: float = TOLERANCE,
+) -> list[str]:
+    """Say which mistakes compute exactly the outputs given, of which some have wrong shapes."""
+    names = expected[0].keys()
+    if not all(names <= arrays.keys() for arrays in given):
+        return []
+    return [text for _, text, arrays in mistakes if _fits(arrays, given, names, tolerance)]
+
+
+def _computed(call: Callable[[], Any], names: tuple[str | None, ...]) -> Arrays:
     # A mistake may fail on these arguments, in whatever way: then it computes nothing.
     with contextlib.suppress(Exception), np.errstate(all="ignore"):
-        return named(function(**inputs), names)
+        outputs = call()
+        parts = outputs if isinstance(outputs, tuple) else (outputs,)
+        return named(tuple(map(_pruned, parts)), names)
     return {}
+
+
+def _pruned(part: Any) -> Any:
+    """Leave out of a cache what is no array: what a fault keeps for its own backward."""
+    if not isinstance(part, dict):
+        return part
+    return {
+        name: _pruned(each)
+        for name, each in part.items()
+        if isinstance(each, dict | list | np.ndarray | np.generic)
+    }
 
 
 def _best(
@@ -325,12 +354,17 @@ def _first_wrong(name: str, given: Arrays, expected: Arrays, tolerance: float) -
     index = tuple(map(int, np.argwhere(off)[0]))
     count = "" if off.all() else f" in {int(off.sum())} of {off.size} entries"
     where = f", first at {list(index)}" if index else ""
-    numbers = f"{_number(found[index])}, right is {_number(right[index])}"
+    numbers = ", right is ".join(_apart(found[index], right[index]))
     return f"{name} is wrong{count}{where}: {numbers}."
 
 
-def _relation(found: Array, expected: Arrays, name: str, tolerance: float) -> str:
-    """Say what an array is beside the right ones, where that is simple; else nothing."""
+def _relation(name: str, pairs: Sequence[tuple[Arrays, Arrays]], tolerance: float) -> str:
+    """Say what an array is beside the right ones, where that is simple; else nothing.
+
+    It is that of the first point at which it is wrong.  A single number is always so many times
+    another: there all points tell the factor.
+    """
+    found, expected = pairs[0][0][name], pairs[0][1]
     for other, array in expected.items():
         if other != name and array.shape == found.shape and error(found, array) <= tolerance:
             return f" It is the right {other}."
@@ -339,15 +373,21 @@ def _relation(found: Array, expected: Arrays, name: str, tolerance: float) -> st
         moved = right.transpose(axes)
         if moved.shape == found.shape and error(found, moved) <= tolerance:
             return f" It is the right one with its axes in the order {list(axes)}."
-    if right.dtype.kind in "fc" and np.isfinite(found).all() and right.any():
+    if right.size == 1:
+        found, right = np.array([[each[name].item() for each in pair] for pair in pairs]).T
+    if right.size > 1 and right.dtype.kind in "iufc" and np.isfinite(found).all() and right.any():
         factor = float((found * right).sum().real / (right * right).sum().real)
         if error(found, factor * right) <= tolerance:
-            return f" It is {factor:.6g} times the right one."
+            return f" It is {_apart(factor, 1.0)[0]} times the right one."
     return ""
 
 
-def _number(value: Any) -> str:
-    return f"{value:.6g}" if np.asarray(value).dtype.kind in "fc" else str(value)
+def _apart(value: Any, other: Any) -> tuple[str, str]:
+    """Write two numbers with as many digits as it takes to tell them apart, six at least."""
+    if np.result_type(value, other).kind not in "fc":
+        return str(value), str(other)
+    texts = f"{value:.6g}", f"{other:.6g}"
+    return texts if texts[0] != texts[1] else (f"{value:.17g}", f"{other:.17g}")
 
 
 def _kind(value: Any) -> str:
