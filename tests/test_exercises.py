@@ -1,5 +1,6 @@
 """Exercises: the solution passes, and what a learner gets wrong is told in the right sentence."""
 
+import collections
 import contextlib
 import io
 import json
@@ -13,6 +14,8 @@ import pytest
 from marref import cli
 from marref.teach import child, grading
 from marref.teach.exercises import EXERCISES
+
+from .wrong_attempts import ATTEMPTS
 
 ALL = pytest.mark.parametrize("exercise", EXERCISES.values(), ids=list(EXERCISES))
 
@@ -269,6 +272,54 @@ def test_an_unknown_exercise_is_told_the_nearest(tmp_path, capsys):
     file.write_text("", "utf-8")
     assert cli.main(["exercise", "check", str(file)]) == 2
     assert "exercise 'homework' is unknown" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("attempt", ATTEMPTS, ids=lambda attempt: attempt.exercise)
+def test_a_typical_wrong_attempt_is_told_its_mistake(attempt, tmp_path):
+    exercise = EXERCISES[attempt.exercise]
+    text = exercise.stub() + solution(exercise) + attempt.source
+    for verdict in graded(exercise, text, tmp_path).functions:
+        assert verdict.passed == (verdict.name != attempt.function), verdict.sentence
+        if not verdict.passed:
+            assert attempt.phrase in verdict.sentence
+
+
+def test_every_exercise_has_five_wrong_attempts_and_at_most_one_of_them_raises():
+    plain = ("raises ", "could not be broadcast", "shape [", ": missing", "dtype ")
+    said = collections.Counter(
+        attempt.exercise
+        for attempt in ATTEMPTS
+        if not any(words in attempt.phrase for words in plain)
+    )
+    assert all(said[name] >= 4 for name in EXERCISES)
+    assert all(
+        count >= 5 for count in collections.Counter(each.exercise for each in ATTEMPTS).values()
+    )
+
+
+OF_CUBE = """
+from marref.layers import block
+def backward(params, dy, cache):
+    dx, grads = block.backward(params, dy**3, cache)
+    return dx, {**grads, "feed_forward": block.backward(params, dy, cache)[1]["feed_forward"]}
+"""
+
+
+def test_what_no_mistake_explains_is_listed_beside_what_is_right(tmp_path):
+    exercise = EXERCISES["block"]
+    _, verdict = graded(exercise, solution(exercise) + OF_CUBE, tmp_path).functions
+    first, last = verdict.sentence.splitlines()
+    assert first.startswith("is wrong: dx is wrong, first at [0, 0, 0]: ")
+    assert last.startswith("Wrong too: grads.attention_norm.scale, grads.attention_norm.bias, ")
+    assert "Right: grads.attention.key.bias, grads.feed_forward.up.kernel, " in last
+
+
+def test_a_single_wrong_number_is_not_called_so_many_times_the_right_one(tmp_path):
+    text = "def any_order_bound(log_probabilities):\n    return log_probabilities.sum()"
+    (verdict,) = graded(EXERCISES["bound"], text, tmp_path).functions
+    assert not verdict.passed
+    assert "times" not in verdict.sentence
 
 
 @ALL

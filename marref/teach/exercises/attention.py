@@ -39,6 +39,26 @@ def _softmax_less(largest: Any) -> Any:
     return softmax
 
 
+def _softmax_over(axis: int) -> Any:
+    def softmax(scores: Array) -> Array:
+        weights = attention.softmax(np.moveaxis(scores, axis, -1))
+        return np.moveaxis(weights, -1, axis)
+
+    return softmax
+
+
+def _log_softmax(scores: Array) -> Array:
+    shifted = scores - scores.max(axis=-1, keepdims=True)
+    logarithms: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    return logarithms
+
+
+def _backward_over(axis: int) -> Any:
+    return lambda dweights, weights: (
+        weights * (dweights - (weights * dweights).sum(axis=axis, keepdims=True))
+    )
+
+
 def _sums_over_all(scores: Array) -> Array:
     exponentials = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights: Array = exponentials / exponentials.sum()
@@ -63,6 +83,14 @@ SOFTMAX = Exercise(
                 "the maximum of the whole array is taken off instead of each row's: far below it "
                 "exp underflows, to 0/0": _softmax_less(lambda scores: scores.max()),
                 "the sum is over the whole array instead of each row": _sums_over_all,
+                "exp is divided by its largest entry, not by its sum": lambda scores: np.exp(
+                    scores - scores.max(axis=-1, keepdims=True)
+                ),
+                "softmax is over axis 0, another axis than the last": _softmax_over(0),
+                "softmax is over axis 1, another axis than the last as soon as there are three": (
+                    _softmax_over(1)
+                ),
+                "the logarithm of the weights: exp of it is missing": _log_softmax,
             },
         ),
         Part(
@@ -74,6 +102,26 @@ SOFTMAX = Exercise(
             {
                 "the plain mean of da is taken off instead of its mean under a": (
                     lambda dweights, weights: weights * (dweights - _mean(dweights))
+                ),
+                "the plain sum of da is taken off instead of the sum of a ⊙ da": (
+                    lambda dweights, weights: (
+                        weights * (dweights - dweights.sum(axis=-1, keepdims=True))
+                    )
+                ),
+                "a_i² Σ da stands where a_i Σ a da belongs": lambda dweights, weights: (
+                    weights * (dweights - weights * dweights.sum(axis=-1, keepdims=True))
+                ),
+                "the mean of a ⊙ da is taken off, where its sum belongs": (
+                    lambda dweights, weights: weights * (dweights - _mean(weights * dweights))
+                ),
+                "Σ a da is over axis 0, another axis than the last": _backward_over(0),
+                "Σ a da is over axis 1, another axis than the last as soon as there are three": (
+                    _backward_over(1)
+                ),
+                "softmax is taken of the weights, which are softmax's result already": (
+                    lambda dweights, weights: attention.softmax_backward(
+                        dweights, attention.softmax(weights)
+                    )
                 ),
                 "the factor a_i before the bracket is missing": lambda dweights, weights: (
                     dweights - (weights * dweights).sum(axis=-1, keepdims=True)
@@ -103,6 +151,36 @@ def _attend_points(rng: Rng) -> Sequence[Point]:
         dict(zip(("query", "key", "value"), rng.normal(size=(3, *shape)), strict=True))
         for shape in shapes
     ]
+
+
+def _attend_scaled(factor: Any, *, after_softmax: bool = False) -> Any:
+    """Compute with another factor than 1/√d, before softmax or after it."""
+
+    def attend(query: Array, key: Array, value: Array) -> Any:
+        scores = query @ key.mT
+        if after_softmax:
+            weights = attention.softmax(scores) * factor(query)
+        else:
+            weights = attention.softmax(scores * factor(query))
+        return weights @ value, {"query": query, "key": key, "value": value, "weights": weights}
+
+    return attend
+
+
+def _context_of_queries(query: Array, key: Array, value: Array) -> Any:
+    _, cache = attention.attend(query, key, value)
+    return cache["weights"].mT @ value, cache
+
+
+def _softmax_step(step: Any) -> Any:
+    """Compute with another step for softmax, a function of dA and A."""
+
+    def backward(dcontext: Array, cache: Tree) -> Any:
+        query, key, value, weights = (cache[name] for name in ("query", "key", "value", "weights"))
+        dscores = step(dcontext @ value.mT, weights) / math.sqrt(query.shape[-1])
+        return dscores @ key, dscores.mT @ query, weights.mT @ dcontext
+
+    return backward
 
 
 def _attend_backward_points(rng: Rng) -> Sequence[Point]:
@@ -143,6 +221,22 @@ ATTENTION = Exercise(
             {
                 "context": "C = A V",
                 "context cache.weights": "A = softmax(Q Kᵀ/√d), over the keys, which stand last",
+                "cache.weights": "A = softmax(Q Kᵀ/√d), over the keys, which stand last",
+            },
+            {
+                "the length stands where head_dim belongs: d is the last axis of Q": _attend_scaled(
+                    lambda query: query.shape[-2] ** -0.5
+                ),
+                "the number of heads stands where head_dim belongs: d is the last axis of Q": (
+                    _attend_scaled(lambda query: query.shape[1] ** -0.5)
+                ),
+                "the scores are multiplied by √d, not divided": _attend_scaled(
+                    lambda query: query.shape[-1] ** 0.5
+                ),
+                "the weights are divided by √d after softmax; it is the scores that are divided": (
+                    _attend_scaled(lambda query: query.shape[-1] ** -0.5, after_softmax=True)
+                ),
+                "C = Aᵀ V: A must not be transposed there": _context_of_queries,
             },
         ),
         Part(
@@ -159,6 +253,22 @@ ATTENTION = Exercise(
             {
                 "dV = A dC: the transpose of A is missing": _backward_with(
                     lambda dcontext, cache, dscores: {"dvalue": cache["weights"] @ dcontext}
+                ),
+                "softmax is passed over on the way back: dS = dA": _softmax_step(
+                    lambda dweights, weights: dweights
+                ),
+                "dS = A ⊙ (dA - mean(A ⊙ dA)): the sum stands there, not the mean": _softmax_step(
+                    lambda dweights, weights: weights * (dweights - _mean(weights * dweights))
+                ),
+                "dQ lacks the factor 1/√d": _backward_with(
+                    lambda dcontext, cache, dscores: {
+                        "dquery": dscores @ cache["key"] * math.sqrt(cache["key"].shape[-1])
+                    }
+                ),
+                "dK lacks the factor 1/√d": _backward_with(
+                    lambda dcontext, cache, dscores: {
+                        "dkey": dscores.mT @ cache["query"] * math.sqrt(cache["key"].shape[-1])
+                    }
                 ),
                 "dK = dS Q/√d: the transpose of dS is missing": _backward_with(
                     lambda dcontext, cache, dscores: {"dkey": dscores @ cache["query"]}
@@ -199,14 +309,59 @@ def _heads_backward_points(rng: Rng) -> Sequence[Point]:
     return points
 
 
-def _dx_of_query_alone(params: Tree, dy: Array, cache: Tree) -> Any:
-    _, grads = attention.backward(params, dy, cache)
-    dcontext, _ = linear.backward(params["output"], dy, cache["context"])
-    dheads = attention.attend_backward(
-        attention.split_heads(dcontext, cache["query"].shape[1]), cache
-    )
-    dquery = attention.merge_heads(dheads[0])
-    return linear.backward(params["query"], dquery, cache["input"])[0], grads
+_NAMES = ("query", "key", "value")
+
+
+def _forward_with(
+    *, names: Sequence[str] = _NAMES, merge: Any = attention.merge_heads, project: bool = True
+) -> Any:
+    """Compute with other projections, merged otherwise, or not projected at the end."""
+
+    def forward(params: Tree, x: Array, num_heads: int) -> Any:
+        heads = (
+            attention.split_heads(linear.forward(params[name], x)[0], num_heads) for name in names
+        )
+        context = merge(attention.attend(*heads)[0])
+        return linear.forward(params["output"], context)[0] if project else context, None
+
+    return forward
+
+
+def _with_x_added(params: Tree, x: Array, num_heads: int) -> Any:
+    return x + attention.forward(params, x, num_heads)[0], None
+
+
+def _side_by_side(x: Array) -> Array:
+    """Merge the heads, but leave out that their axis moves."""
+    batch, num_heads, length, head_dim = x.shape
+    return x.reshape(batch, length, num_heads * head_dim)
+
+
+def _heads_backward_with(
+    *,
+    split: Any = attention.split_heads,
+    merge: Any = attention.merge_heads,
+    dx_of: Sequence[str] = _NAMES,
+    skip: bool = False,
+) -> Any:
+    """Compute with heads split or merged otherwise, dx of some projections alone, or a skip."""
+
+    def backward(params: Tree, dy: Array, cache: Tree) -> Any:
+        grads = {}
+        dcontext, grads["output"] = linear.backward(params["output"], dy, cache["context"])
+        dheads = attention.attend_backward(split(dcontext, cache["query"].shape[1]), cache)
+        dx = dy * skip
+        for name, dhead in zip(_NAMES, dheads, strict=True):
+            dinput, grads[name] = linear.backward(params[name], merge(dhead), cache["input"])
+            dx += dinput * (name in dx_of)
+        return dx, grads
+
+    return backward
+
+
+def _split_without_moving(x: Array, num_heads: int) -> Array:
+    batch, length, embed_dim = x.shape
+    return x.reshape(batch, num_heads, length, embed_dim // num_heads)
 
 
 def _output_kernel_of_input(params: Tree, dy: Array, cache: Tree) -> Any:
@@ -227,7 +382,32 @@ HEADS = Exercise(
     "multi-head attention around attend: projections, heads, and all their gradients",
     "attention.md",
     (
-        Part("forward", attention.forward, ("y", None), _heads_points),
+        Part(
+            "forward",
+            attention.forward,
+            ("y", None),
+            _heads_points,
+            {"y": "project, split into heads, attend, merge, project"},
+            {
+                "the heads are split right, and merged without moving the axis of the heads back": (
+                    _forward_with(merge=_side_by_side)
+                ),
+                "the output projection is left out": _forward_with(project=False),
+                "keys have the projection of the queries": _forward_with(
+                    names=("query", "query", "value")
+                ),
+                "values have the projection of the queries": _forward_with(
+                    names=("query", "key", "query")
+                ),
+                "values have the projection of the keys": _forward_with(
+                    names=("query", "key", "key")
+                ),
+                "all three have the projection of the queries": _forward_with(
+                    names=("query", "query", "query")
+                ),
+                "x is added; the residual sum is the block's": _with_x_added,
+            },
+        ),
         Part(
             "backward",
             attention.backward,
@@ -236,8 +416,25 @@ HEADS = Exercise(
             {"dx": "x feeds three projections: their gradients add"},
             {
                 "dx is that through the queries alone: keys and values depend on x too": (
-                    _dx_of_query_alone
+                    _heads_backward_with(dx_of=("query",))
                 ),
+                "dx is that through the keys alone: queries and values depend on x too": (
+                    _heads_backward_with(dx_of=("key",))
+                ),
+                "dx is that through the values alone: queries and keys depend on x too": (
+                    _heads_backward_with(dx_of=("value",))
+                ),
+                "dx starts at dy, as if the layer had a skip; that is the block's": (
+                    _heads_backward_with(skip=True)
+                ),
+                "the heads' gradients are merged without moving the axis of the heads back": (
+                    _heads_backward_with(merge=_side_by_side)
+                ),
+                "dcontext is split without moving the axis of the heads": _heads_backward_with(
+                    split=_split_without_moving
+                ),
+                "dcontext is split, and the heads' gradients merged, without moving the axis of "
+                "the heads": _heads_backward_with(split=_split_without_moving, merge=_side_by_side),
                 "the output projection's kernel gradient takes the layer's input; its own is the "
                 "context": _output_kernel_of_input,
                 "dy goes to the heads without passing back through the output projection": (

@@ -33,6 +33,10 @@ def _dropping(mask: Any) -> Any:
     return forward
 
 
+def _scale_not_kept(x: Array, keep: Array, rate: float) -> Any:
+    return dropout.forward(x, keep, rate)[0], keep.astype(float)
+
+
 DROPOUT = Exercise(
     "dropout",
     "inverted dropout and its gradient",
@@ -43,10 +47,18 @@ DROPOUT = Exercise(
             dropout.forward,
             ("y", "cache"),
             _dropout_points,
-            {"y": "y = x ⊙ m with m = 0 or 1/(1 - p)"},
+            {
+                "y": "y = x ⊙ m with m = 0 or 1/(1 - p)",
+                "cache": "the cache is m, 0 or 1/(1 - p)",
+            },
             {
                 "what is kept is not scaled by 1/(1 - p), so that the mean of y shrinks": _dropping(
                     lambda keep, rate: keep.astype(float)
+                ),
+                "what is kept is divided by the share that is kept in this draw, not by its mean, "
+                "1 - p": _dropping(lambda keep, rate: keep / keep.mean()),
+                "the cache lacks the scale 1/(1 - p): it is what x is multiplied by": (
+                    _scale_not_kept
                 ),
                 "what is kept is divided by p instead of 1 - p": _dropping(
                     lambda keep, rate: keep / rate
@@ -67,6 +79,12 @@ DROPOUT = Exercise(
             {"dx": "∂y_i/∂x_i = m_i"},
             {
                 "dx = dy: the gradient of what is dropped is 0": lambda dy, cache: dy,
+                "dx is divided by m, not multiplied: dy/0 where something is dropped": (
+                    lambda dy, cache: dy / cache
+                ),
+                "dx has the scale twice: it is in m already": lambda dy, cache: (
+                    dy * cache * cache.max()
+                ),
                 "dx lacks the scale 1/(1 - p) of what is kept": lambda dy, cache: dy * (cache > 0),
                 "dx is divided by the scale 1/(1 - p), not multiplied": lambda dy, cache: (
                     dy * (cache > 0) / cache.max()
@@ -108,6 +126,67 @@ def _block_backward_points(rng: Rng) -> Sequence[Point]:
     return points
 
 
+def _with(**changes: Any) -> Any:
+    """Compute forward with some arguments changed, each by a function of them all."""
+
+    def forward(**point: Any) -> Any:
+        return block.forward(**{**point, **{name: f(point) for name, f in changes.items()}})
+
+    return forward
+
+
+def _branches_with(
+    *, sums_dropped: bool = False, normalised: bool = True, second_from_x: bool = False
+) -> Any:
+    """Compute with dropout on the sums, without the second norm, or with the second sum from x."""
+
+    def forward(**point: Any) -> Any:
+        params, x, epsilon = (point[name] for name in ("params", "x", "epsilon"))
+
+        def added(stream: Array, branch: Array, name: str) -> Array:
+            keep, rate = point["keep"][name], point["dropout_rate"]
+            if sums_dropped:
+                return dropout.forward(stream + branch, keep, rate)[0]
+            return stream + dropout.forward(branch, keep, rate)[0]
+
+        branch, _ = layer_norm.forward(params["attention_norm"], x, epsilon)
+        branch, _ = attention.forward(params["attention"], branch, point["num_heads"])
+        branch = h = added(x, branch, "attention")
+        if normalised:
+            branch, _ = layer_norm.forward(params["feed_forward_norm"], h, epsilon)
+        branch, _ = feed_forward.forward(params["feed_forward"], branch, point["gelu"])
+        return added(x if second_from_x else h, branch, "feed_forward"), None
+
+    return forward
+
+
+_BRANCHES = (("feed_forward", feed_forward), ("attention", attention))
+
+
+def _backward_with(*, sums_dropped: bool = False, with_norms: bool = True) -> Any:
+    """Compute with dropout on the sums instead of the branches, or with the norms passed over."""
+
+    def backward(params: Tree, dy: Array, cache: Tree) -> Any:
+        dx, grads = dy, {}
+        for name, layer in _BRANCHES:
+            norm = f"{name}_norm"
+            dropped = dropout.backward(dx, cache[f"{name}_dropout"])
+            dlayer, grads[name] = layer.backward(params[name], dropped, cache[name])
+            dnorm, grads[norm] = layer_norm.backward(params[norm], dlayer, cache[norm])
+            dx = (dropped if sums_dropped else dx) + (dnorm if with_norms else dlayer)
+        return dx, grads
+
+    return backward
+
+
+def _dropouts_swapped(params: Tree, dy: Array, cache: Tree) -> Any:
+    swapped = {
+        "attention_dropout": cache["feed_forward_dropout"],
+        "feed_forward_dropout": cache["attention_dropout"],
+    }
+    return block.backward(params, dy, {**cache, **swapped})
+
+
 def _without_dropout(params: Tree, dy: Array, cache: Tree) -> Any:
     nothing = {"attention_dropout": None, "feed_forward_dropout": None}
     return block.backward(params, dy, {**cache, **nothing})
@@ -143,7 +222,32 @@ BLOCK = Exercise(
     "a pre-norm transformer block and its backward, from the layers",
     "feed-forward-and-block.md",
     (
-        Part("forward", block.forward, ("y", None), _block_points),
+        Part(
+            "forward",
+            block.forward,
+            ("y", None),
+            _block_points,
+            {"y": "each branch is norm, layer, dropout, and is added to what the norm has read"},
+            {
+                "dropout acts on the whole sum; it belongs to the branch alone": _branches_with(
+                    sums_dropped=True
+                ),
+                "the feed-forward layer reads h without its norm": _branches_with(normalised=False),
+                "the second sum is x + …, where h + … belongs: attention's branch is lost": (
+                    _branches_with(second_from_x=True)
+                ),
+                "dropout is left out": _with(keep=lambda point: None),
+                "both branches drop what the first drops": _with(
+                    keep=lambda point: dict.fromkeys(point["keep"], point["keep"]["attention"])
+                ),
+                "the second norm has the parameters of the first": _with(
+                    params=lambda point: {
+                        **point["params"],
+                        "feed_forward_norm": point["params"]["attention_norm"],
+                    }
+                ),
+            },
+        ),
         Part(
             "backward",
             block.backward,
@@ -154,6 +258,10 @@ BLOCK = Exercise(
                 "dropout is passed over on the way back: its mask belongs to each branch": (
                     _without_dropout
                 ),
+                "the branches have each other's dropout": _dropouts_swapped,
+                "the skip passes through dropout too, as if it acted on the sum: it belongs to the "
+                "branch alone": _backward_with(sums_dropped=True),
+                "the norms are passed over on the way back": _backward_with(with_norms=False),
                 "the second sum is dy + …, where dh + … belongs: what came back through the "
                 "feed-forward branch is lost": _second_sum_from_dy,
                 "the attention branch gets dy, where dh belongs": _attention_from_dy,

@@ -46,6 +46,16 @@ def _exact(n: int, k: int, steps: int) -> int:
     return n // 2 if 3 * k == 2 * steps else math.floor(n * math.cos(math.pi * k / (2 * steps)))
 
 
+def _cosine_at(angle: Any, above: float = 1e-9) -> Any:
+    """Compute the counts with the cosine of another angle than πk/2K, a function of k and K.
+
+    above: what is added before the floor, so that a whole number stays one; 0: left to rounding.
+    """
+    return _counts_of(
+        lambda n, k, steps, m: max(1, min(m - 1, math.floor(n * math.cos(angle(k, steps)) + above)))
+    )
+
+
 def _not_shortened(num_masked: int, num_steps: int) -> Array:
     counts = schedules.cosine(num_masked, num_steps)
     return np.concatenate([counts, np.zeros(num_steps - len(counts), np.int64)])
@@ -68,6 +78,31 @@ REVEAL_COUNTS = Exercise(
                     lambda n, k, steps, m: max(
                         1, min(m - 1, math.floor(n * math.cos(math.pi * k / (2 * steps))))
                     )
+                ),
+                "K - 1 stands where K belongs, as if the last step's k were K - 1": _cosine_at(
+                    lambda k, steps: math.pi / 2 * k / (steps - 1)
+                ),
+                "the ½ is missing: cos(πk/K) falls to 0 in half of the steps": _cosine_at(
+                    lambda k, steps: math.pi * k / steps
+                ),
+                "the ½ is missing, and rounding loses a token besides: cos(πk/K) falls to 0 in "
+                "half of the steps": _cosine_at(lambda k, steps: math.pi * k / steps, above=0.0),
+                "steps are counted from 0, and rounding loses a token besides: what is masked "
+                "after step k has cos(π(k - 1)/2K)": _cosine_at(
+                    lambda k, steps: math.pi * (k - 1) / (2 * steps), above=0.0
+                ),
+                "steps are counted from 0: what is masked after step k has cos(π(k - 1)/2K)": (
+                    _cosine_at(lambda k, steps: math.pi / 2 * (k - 1) / steps)
+                ),
+                "what is still masked is rounded up, and so what is revealed down; it is the other "
+                "way round": _counts_of(
+                    lambda n, k, steps, m: max(
+                        1,
+                        min(m - 1, math.ceil(n * math.cos(math.pi * k / (2 * steps)) - 1e-9)),
+                    )
+                ),
+                "the same number in every step: there is no cosine": _counts_of(
+                    lambda n, k, steps, m: n - n * k // steps
                 ),
                 "steps may reveal nothing: at least one token less must be masked after each": (
                     _counts_of(lambda n, k, steps, m: max(1, _exact(n, k, steps)))
@@ -159,6 +194,32 @@ def _step_points(rng: Rng) -> Sequence[Point]:
             "count": 1,
             "temperature": 5.0,
         },
+        {
+            # The last id is [MASK].  One, two and four rivals: the first is the surest at T = 2,
+            # the second at T = 1, the third at T = 1/2.
+            "logits": np.array(
+                [
+                    [9.0, 7, -9, -9, -9, 0],
+                    [4, 7, 4, -9, -9, 0],
+                    [3.5, 3.5, 7, 3.5, 3.5, 0],
+                    [0, 9, 0, 0, 0, 0],
+                ]
+            ),
+            "tokens": np.array([5, 5, 5, 0]),
+            "mask_token_id": 5,
+            "count": 1,
+            "temperature": 0.5,
+        },
+        {
+            # The first has the wider margin to its next rival, the second the surer arg max.
+            "logits": np.log(
+                [[0.40, 0.15, 0.15, 0.15, 0.15, 1], [0.50, 0.46, 0.02, 0.01, 0.01, 1]]
+            ),
+            "tokens": np.array([5, 5]),
+            "mask_token_id": 5,
+            "count": 1,
+            "temperature": 1.0,
+        },
     ]
 
 
@@ -191,6 +252,15 @@ def _step_with(
     return step
 
 
+def _counted_among_masked(logits: Array, tokens: Array, mask_token_id: int, **how: Any) -> Array:
+    masked = tokens == mask_token_id
+    revealed = decoding_step(logits[masked], tokens[masked], mask_token_id, **how)
+    places = np.flatnonzero(revealed != mask_token_id)
+    new = tokens.copy()
+    new[places] = revealed[places]
+    return new
+
+
 def _all_revealed(logits: Array, tokens: Array, mask_token_id: int, **_: Any) -> Array:
     return decoding_step(logits, tokens, mask_token_id, len(tokens), 1.0)
 
@@ -213,10 +283,20 @@ DECODING_STEP = Exercise(
                 "known tokens are ranked too, and predicted anew": _step_with(
                     among=lambda masked: np.ones_like(masked), known_kept=False
                 ),
+                "positions are counted among the masked ones, and written as if among all": (
+                    _counted_among_masked
+                ),
+                "id 0 is taken for [MASK]; it is mask_token_id": lambda **point: decoding_step(
+                    **{**point, "mask_token_id": 0}
+                ),
                 "the largest logit is taken for the confidence, without softmax": _step_with(
                     confidence_of=lambda z, p: z.max(axis=1)
                 ),
                 "all masked positions are revealed at once": _all_revealed,
+                "positions are ranked by the margin between the two largest probabilities, not by "
+                "the largest alone": _step_with(
+                    confidence_of=lambda z, p: -np.diff(np.sort(p, axis=1)[:, :-3:-1], axis=1)[:, 0]
+                ),
                 "positions are ranked by entropy, not by the confidence of the arg max": _step_with(
                     confidence_of=lambda z, p: (p * np.log(np.maximum(p, 1e-300))).sum(axis=1)
                 ),

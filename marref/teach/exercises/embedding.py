@@ -15,8 +15,8 @@ Rng = np.random.Generator
 
 def _embedding_points(rng: Rng) -> Sequence[Point]:
     tokens = np.array([[2, 5, 2, 0], [5, 5, 1, 3]])
-    params = {"table": rng.normal(size=(7, 4))}
-    return [{"params": params, "dx": rng.normal(size=(2, 4, 4)), "cache": {"tokens": tokens}}]
+    params = {"table": rng.normal(size=(7, 3))}
+    return [{"params": params, "dx": rng.normal(size=(2, 4, 3)), "cache": {"tokens": tokens}}]
 
 
 def _occurrences(cache: Tree) -> Array:
@@ -35,8 +35,12 @@ def _first_sequence_only(params: Tree, dx: Array, cache: Tree) -> Tree:
     return embedding.backward(params, dx[:1], {"tokens": cache["tokens"][:1]})
 
 
-def _averaged(params: Tree, dx: Array, cache: Tree) -> Tree:
-    return {"table": embedding.backward(params, dx, cache)["table"] / _occurrences(cache)}
+def _changed(change: Any) -> Any:
+    def backward(params: Tree, dx: Array, cache: Tree) -> Tree:
+        dtable = embedding.backward(params, dx, cache)["table"]
+        return {"table": change(dtable, params["table"], cache)}
+
+    return backward
 
 
 EMBEDDING = Exercise(
@@ -51,7 +55,18 @@ EMBEDDING = Exercise(
             _embedding_points,
             {"grads.table": "dtable[v] is the sum of dx over all places whose token is v"},
             {
-                "row v has the mean over the places of token v; their gradients add up": _averaged,
+                "row v has the mean over the places of token v; their gradients add up": _changed(
+                    lambda dtable, table, cache: dtable / _occurrences(cache)
+                ),
+                "divided by the size of the batch; the sequences' gradients add up": _changed(
+                    lambda dtable, table, cache: dtable / len(cache["tokens"])
+                ),
+                "the table itself is added: the sums start at 0": _changed(
+                    lambda dtable, table, cache: table + dtable
+                ),
+                "how often each token occurs: dx is not used": lambda params, dx, cache: (
+                    embedding.backward(params, np.ones_like(dx), cache)
+                ),
                 "only the first place of each token counts": _first_place_only,
                 "only the first sequence of the batch counts": _first_sequence_only,
             },
@@ -76,6 +91,32 @@ def _positions_points(rng: Rng) -> Sequence[Point]:
     ]
 
 
+def _waves(exponent: Any) -> Any:
+    """Tabulate with w_i = 10000 to another exponent, a function of i, h and the layout."""
+
+    def table(length: int, embed_dim: int, positions: str) -> Array:
+        half = embed_dim // 2
+        exponents = exponent(np.arange(half), half, positions)
+        angle = np.arange(length)[:, np.newaxis] * 10000.0**exponents
+        axis = 1 if positions == "concatenated" else 2
+        return np.stack([np.sin(angle), np.cos(angle)], axis=axis).reshape(length, embed_dim)
+
+    return table
+
+
+def _wave_of_each_feature(factor: int) -> Any:
+    """Tabulate with -factor f/embed_dim for the exponent of feature f, where they alternate."""
+
+    def table(length: int, embed_dim: int, positions: str) -> Array:
+        if positions == "concatenated":
+            return _table(length, embed_dim, positions)
+        feature = np.arange(embed_dim)
+        angle = np.arange(length)[:, np.newaxis] * 10000.0 ** (-factor * feature / embed_dim)
+        return np.where(feature % 2 == 0, np.sin(angle), np.cos(angle))
+
+    return table
+
+
 def _positions_with(change: Any) -> Any:
     def table(length: int, embed_dim: int, positions: str) -> Array:
         return np.asarray(change(_table, length, embed_dim, positions))
@@ -97,6 +138,21 @@ POSITIONS = Exercise(
             _positions_points,
             {"table": "feature i of position p is sin(p w_i) or cos(p w_i)"},
             {
+                "concatenated has h for the denominator of its exponent, where h - 1 belongs": (
+                    _waves(lambda i, half, kind: -i / half)
+                ),
+                "interleaved has h - 1 for the denominator of its exponent, where h belongs: "
+                "2i/embed_dim is i/h": _waves(lambda i, half, kind: -i / max(half - 1, 1)),
+                "0/0 where embed_dim is 2: h - 1 is 0 there, and max(h - 1, 1) is 1": _waves(
+                    lambda i, half, kind: -i / (half - 1 if kind == "concatenated" else half)
+                ),
+                "the minus of the exponent is missing: w_i falls with i": _waves(
+                    lambda i, half, kind: i / (max(half - 1, 1) if kind == "concatenated" else half)
+                ),
+                "interleaved, every feature has a wave of its own, as if i counted features: sine "
+                "and cosine of one i share w_i": _wave_of_each_feature(2),
+                "interleaved, the exponent is that of the feature, (2i + 1)/embed_dim of a cosine: "
+                "sine and cosine of one i share w_i": _wave_of_each_feature(1),
                 "the two layouts are taken for each other": _positions_with(
                     lambda table, length, embed_dim, kind: table(
                         length,

@@ -27,9 +27,30 @@ def _linear_backward_points(rng: Rng) -> Sequence[Point]:
     return points
 
 
-def _kernel_gradient_averaged(params: Tree, dy: Array, cache: Array) -> Any:
-    dx, grads = linear.backward(params, dy, cache)
-    return dx, {**grads, "kernel": grads["kernel"] / dy[..., 0].size}
+def _averaged(over: Any) -> Any:
+    def backward(params: Tree, dy: Array, cache: Array) -> Any:
+        dx, grads = linear.backward(params, dy, cache)
+        return dx, {name: grad / over(dy) for name, grad in grads.items()}
+
+    return backward
+
+
+def _last_row_only(params: Tree, dy: Array, cache: Array) -> Any:
+    dx, _ = linear.backward(params, dy, cache)
+    last = dy.reshape(-1, dy.shape[-1])[-1:], cache.reshape(-1, cache.shape[-1])[-1:]
+    return dx, linear.backward(params, *last)[1]
+
+
+def _without_dy(params: Tree, dy: Array, cache: Array) -> Any:
+    dx, _ = linear.backward(params, dy, cache)
+    _, grads = linear.backward(params, np.ones_like(dy), cache)
+    return dx, {**grads, "bias": np.ones_like(grads["bias"])}
+
+
+def _rows_counted(params: Tree, dy: Array, cache: Array) -> Any:
+    return linear.backward(params, dy, cache)[0], linear.backward(
+        params, np.ones_like(dy), np.ones_like(cache)
+    )[1]
 
 
 LINEAR = Exercise(
@@ -49,8 +70,17 @@ LINEAR = Exercise(
                 "grads.bias": "db_j = Σ_rows dy_j",
             },
             {
-                "dW is divided by the number of rows; the rows' gradients add up": (
-                    _kernel_gradient_averaged
+                "divided by the number of rows; the rows' gradients add up": _averaged(
+                    lambda dy: dy[..., 0].size
+                ),
+                "divided by the size of the batch, the first axis; the gradients add up": _averaged(
+                    len
+                ),
+                "only the last row counts, as if in a loop each row replaced the one before; the "
+                "rows' gradients add up": _last_row_only,
+                "the number of rows: ∂y/∂b = 1 is summed, and dy is missing": _rows_counted,
+                "dy is missing: it multiplies ∂y/∂W and ∂y/∂b, before the sum over the rows": (
+                    _without_dy
                 ),
             },
         ),

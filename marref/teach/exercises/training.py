@@ -17,11 +17,14 @@ Rng = np.random.Generator
 def _loss_points(rng: Rng) -> Sequence[Point]:
     logits = rng.normal(0.0, 2.0, (2, 4, 5))
     targets = np.array([[1, 4, 2, 2], [3, 1, 4, 1]])
-    mask = np.array([[True, False, True, True], [False, True, False, False]])
-    large = logits + np.array([900.0, -900.0])[:, np.newaxis, np.newaxis]
+    # Three, where there are 2 sequences, 4 positions, 5 ids: no other count can stand for |M|.
+    mask = np.array([[True, False, True, False], [False, True, False, False]])
+    # Beyond exp's range above and below, and so far apart that probabilities underflow.
+    large = 300.0 * logits + np.array([900.0, -900.0])[:, np.newaxis, np.newaxis]
     return [
         {"logits": logits, "targets": targets, "mask": mask},
         {"logits": large, "targets": targets, "mask": mask},
+        {"logits": logits, "targets": targets, "mask": mask & [[True], [False]]},
         {"logits": logits, "targets": targets, "mask": np.zeros_like(mask)},
     ]
 
@@ -46,6 +49,47 @@ def _naive_log_softmax(logits: Array) -> Array:
     return logarithm
 
 
+def _log_of_softmax(change: Any) -> Any:
+    """Compute the logarithm of softmax in two steps, with the probabilities changed between."""
+    return lambda logits: np.log(change(np.exp(loss.log_softmax(logits))))
+
+
+def _loss_over_length(logits: Array, targets: Array, mask: Array) -> Any:
+    value, cache = loss.forward(logits, targets, mask)
+    return value * mask.sum() / mask.shape[1], cache
+
+
+def _loss_of_entropy(logits: Array, targets: Array, mask: Array) -> Any:
+    _, cache = loss.forward(logits, targets, mask)
+    logarithms = cache["log_probabilities"]
+    return -(np.exp(logarithms) * logarithms).sum() / max(len(logarithms), 1), cache
+
+
+def _sum(logits: Array) -> Array:
+    """Compute Σ_j exp(z_j - m) of each row."""
+    largest = logits.max(axis=-1, keepdims=True)
+    total: Array = np.exp(logits - largest).sum(axis=-1, keepdims=True)
+    return total
+
+
+def _guarded() -> dict[str, Any]:
+    """Make the mistakes of those who keep the logarithm from 0 by a small number."""
+    small = (1e-15, 1e-12, 1e-10, 1e-9, 1e-8, 1e-7, 1e-6, 1e-5)
+    added = {
+        f"{number:g} is added to p before its logarithm; z - m - log Σ exp(z - m) is finite "
+        "without": _log_of_softmax(lambda p, number=number: p + number)
+        for number in small
+    }
+    clipped = {
+        f"p is raised to {number:g} before its logarithm, where it is smaller; "
+        "z - m - log Σ exp(z - m) is finite without": _log_of_softmax(
+            lambda p, number=number: np.maximum(p, number)
+        )
+        for number in small
+    }
+    return {text: _loss_of_log_softmax(f) for text, f in (added | clipped).items()}
+
+
 def _loss_of_nothing(logits: Array, targets: Array, mask: Array) -> Any:
     value, cache = loss.forward(logits, targets, mask)
     return value if mask.any() else np.float64(np.nan), cache
@@ -56,14 +100,13 @@ def _loss_positive(logits: Array, targets: Array, mask: Array) -> Any:
     return -value, cache
 
 
-def _gradient_with(change: Any) -> Any:
+def _gradient_with(change: Any, of_logarithms: Any = np.exp) -> Any:
     def backward(cache: Tree) -> Array:
         dlogits = loss.backward(cache)
         count = max(len(cache["targets"]), 1)
         onehot = np.zeros_like(cache["log_probabilities"])
         onehot[np.arange(len(onehot)), cache["targets"]] = 1.0
-        probabilities = np.exp(cache["log_probabilities"])
-        dlogits[cache["mask"]] = change(probabilities, onehot) / count
+        dlogits[cache["mask"]] = change(of_logarithms(cache["log_probabilities"]), onehot) / count
         return dlogits
 
     return backward
@@ -80,13 +123,27 @@ LOSS = Exercise(
             ("loss", "cache"),
             _loss_points,
             {
-                "cache.log_probabilities": "log p_k = (z_k - m) - log Σ_j exp(z_j - m), of the "
-                "masked positions only",
+                **dict.fromkeys(
+                    ("cache.log_probabilities", "loss cache.log_probabilities"),
+                    "log p_k = (z_k - m) - log Σ_j exp(z_j - m), of the masked positions only",
+                ),
                 "loss": "L = -(1/|M|) Σ_{i in M} log p_i[y_i]",
             },
             {
                 "exp overflows or log is taken of 0: the maximum of each row is not taken off "
                 "first": _loss_of_log_softmax(_naive_log_softmax),
+                "log is taken of a probability that underflowed to 0: log softmax is z - m less "
+                "log Σ exp(z - m), without probabilities between": _loss_of_log_softmax(
+                    _log_of_softmax(lambda p: p)
+                ),
+                **_guarded(),
+                "the entropy of p, -Σ p log p: the targets are not used": _loss_of_entropy,
+                "the sum of exp is taken off, where its logarithm belongs": _loss_of_log_softmax(
+                    lambda logits: loss.log_softmax(logits) + np.log(_sum(logits)) - _sum(logits)
+                ),
+                "divided by the length, the number of positions, where |M| belongs": (
+                    _loss_over_length
+                ),
                 "with nothing masked the loss is 0/0, where 0 is asked for": _loss_of_nothing,
                 "the sign is missing: the loss is the mean of -log p": _loss_positive,
             },
@@ -98,12 +155,15 @@ LOSS = Exercise(
             _loss_backward_points,
             {"dlogits": "dz_i = (softmax(z_i) - onehot(y_i))/|M|, and 0 where i is not masked"},
             {
+                "log p stands where p belongs: the cache has logarithms": _gradient_with(
+                    lambda logarithms, onehot: logarithms - onehot, lambda logarithms: logarithms
+                ),
                 "the sign is wrong: onehot - softmax": _gradient_with(lambda p, onehot: onehot - p),
                 "only the target's entry has a gradient; p_k of the others is missing": (
                     _gradient_with(lambda p, onehot: (p - onehot) * onehot)
                 ),
                 "the target's entry is -1/p, the derivative by the probability, not by the logit": (
-                    _gradient_with(lambda p, onehot: -onehot / p)
+                    _gradient_with(lambda p, onehot: np.where(onehot > 0, -1.0 / p, 0.0))
                 ),
             },
         ),
@@ -165,6 +225,35 @@ def _applied(point: Any, m: Array, v: Array, root: Any) -> Array:
     return param
 
 
+def _corrected_by(change: Any) -> Any:
+    """Take the step with m̂, v̂ otherwise, made of the point and the new m and v."""
+
+    def update(**point: Any) -> Any:
+        _, m, v = optim.update(**point)
+        corrected_m, corrected_v = change(point, m, v)
+        direction = corrected_m / (np.sqrt(corrected_v) + point["epsilon"])
+        decay = point["weight_decay"] * point["param"]
+        return point["param"] - point["learning_rate"] * (direction + decay), m, v
+
+    return update
+
+
+def _unbiased(beta: float, t: int, moment: Array) -> Any:
+    return moment / (1 - beta**t)
+
+
+def _weights_swapped(**point: Any) -> Any:
+    grad, beta1, beta2 = (point[name] for name in ("grad", "beta1", "beta2"))
+    m = (1 - beta1) * point["m"] + beta1 * grad
+    v = (1 - beta2) * point["v"] + beta2 * grad**2
+    return _applied(point, m, v, np.sqrt), m, v
+
+
+def _decay_after_step(**point: Any) -> Any:
+    stepped, m, v = optim.update(**{**point, "weight_decay": 0.0})
+    return stepped * (1 - point["learning_rate"] * point["weight_decay"]), m, v
+
+
 def _gradient_not_averaged(**point: Any) -> Any:
     m = point["beta1"] * point["m"] + point["grad"]
     _, _, v = optim.update(**point)
@@ -199,6 +288,29 @@ ADAM = Exercise(
                 "the corrected m̂ and v̂ are returned; m and v are what the next step needs": (
                     _corrected_moments_kept
                 ),
+                "β t stands where βᵗ belongs": _corrected_by(
+                    lambda point, m, v: (
+                        m / (1 - point["beta1"] * point["t"]),
+                        v / (1 - point["beta2"] * point["t"]),
+                    )
+                ),
+                "m̂ alone is corrected, v is used as it is": _corrected_by(
+                    lambda point, m, v: (_unbiased(point["beta1"], point["t"], m), v)
+                ),
+                "v̂ alone is corrected, m is used as it is": _corrected_by(
+                    lambda point, m, v: (m, _unbiased(point["beta2"], point["t"], v))
+                ),
+                "the gradient itself stands where its mean m̂ belongs": _corrected_by(
+                    lambda point, m, v: (
+                        point["grad"],
+                        _unbiased(point["beta2"], point["t"], v),
+                    )
+                ),
+                "β and 1 - β are in each other's place": _weights_swapped,
+                "weight decay is taken off the step, where it is added to it": _adam_with(
+                    weight_decay=lambda point: -point["weight_decay"]
+                ),
+                "θ decays after the step: what decays is the θ from before it": _decay_after_step,
                 "weight decay is left out": _adam_with(weight_decay=lambda point: 0.0),
                 "beta1 and beta2 are swapped": _adam_with(
                     beta1=lambda point: point["beta2"], beta2=lambda point: point["beta1"]
@@ -232,6 +344,15 @@ MASK_RATIO = Exercise(
             {"ratio": "solve P(r) = u for r, P being the integral of the density from 0"},
             {
                 "u itself: every ratio equally likely": lambda u: u,
+                "1 - cos u: π/2 is missing, the integral of the density over [0, 1] is to be 1": (
+                    lambda u: 1.0 - np.cos(u)
+                ),
+                "sin²(πu/2), with the density 1/(π√(r(1 - r))), as large near 1 as near 0": (
+                    lambda u: np.sin(math.pi / 2 * u) ** 2
+                ),
+                "the angle is in degrees: cos takes radians, π/2 for 90°": lambda u: (
+                    1.0 - np.cos(90.0 * u)
+                ),
                 "the distribution function P(u), where its inverse belongs": lambda u: (
                     2 / math.pi * np.arccos(1 - u)
                 ),
@@ -301,6 +422,26 @@ def _over_sets(weight: Any) -> Any:
     return bound
 
 
+def _over_unmasked(log_probabilities: Array) -> float:
+    places = np.arange(log_probabilities.shape[1])
+    without = np.arange(len(log_probabilities))[:, np.newaxis] & ~(1 << places)
+    return any_order_bound(log_probabilities[without, places])
+
+
+def _bits_reversed(log_probabilities: Array) -> float:
+    length = log_probabilities.shape[1]
+    sets = np.arange(2**length)
+    reversed_bits = sum((sets >> i & 1) << (length - 1 - i) for i in range(length))
+    return any_order_bound(log_probabilities[reversed_bits])
+
+
+def _of_all_orders(log_probabilities: Array) -> list[float]:
+    return [
+        _one_order(lambda _, order=order: order)(log_probabilities)
+        for order in itertools.permutations(range(log_probabilities.shape[1]))
+    ]
+
+
 def _one_order(positions: Any) -> Any:
     def bound(log_probabilities: Array) -> float:
         length = log_probabilities.shape[1]
@@ -339,6 +480,20 @@ BOUND = Exercise(
                 ),
                 "the factor L is missing: the bound is of the whole sequence": _over_sets(
                     lambda n, t: 1 / (n * t * math.comb(n, t))
+                ),
+                "entries are read where position j is not masked: its bit is cleared before "
+                "instead of after, or bits stand for what is known": _over_unmasked,
+                "the logarithm of the mean of p(x) over all orders, where the mean of log p(x) is "
+                "asked for": lambda log_probabilities: math.log(
+                    np.mean(np.exp(_of_all_orders(log_probabilities)))
+                ),
+                "the largest log p(x) of all orders, where their mean is asked for": (
+                    lambda log_probabilities: max(_of_all_orders(log_probabilities))
+                ),
+                "bits are counted from the left: bit i says whether position i is masked, and bit "
+                "0 is the last of s": _bits_reversed,
+                "in bits, where nats are asked for": lambda log_probabilities: (
+                    any_order_bound(log_probabilities) / math.log(2)
                 ),
                 "everything is predicted at once, from all [MASK]": lambda log_probabilities: float(
                     log_probabilities[-1].sum()
