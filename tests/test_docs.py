@@ -1,4 +1,4 @@
-"""The documentation: its examples run as printed, and its links lead somewhere."""
+"""The documentation: its examples run as printed, and its links lead where they say."""
 
 import ast
 import doctest
@@ -56,6 +56,18 @@ def links_of(path):
     return {(path.parent / target).resolve() for target in relative if target}
 
 
+def anchors_of(path):
+    """The names of a page's sections, as code hosts make them."""
+    text = FENCED_BLOCK.sub("", path.read_text("utf-8"))
+    found = []
+    for heading in re.findall(r"^#+ +(.+?) *$", text, re.MULTILINE):
+        shown = re.sub(r"\[(.*?)\]\(.*?\)", r"\1", heading).lower()
+        name = re.sub(r"[^\w\- ]", "", shown).replace(" ", "-")
+        again = found.count(name)
+        found.append(f"{name}-{again}" if again else name)
+    return found
+
+
 def page_of(module):
     """The page that a module's docstring names in its last words, or None."""
     found = PAGE_OF_MODULE.search(ast.get_docstring(ast.parse(module.read_text("utf-8"))) or "")
@@ -88,6 +100,16 @@ def test_the_examples_of_a_module_print_what_it_says(path):
 @pytest.mark.parametrize("path", PAGES, ids=name_of)
 def test_the_links_of_a_page_lead_to_files(path):
     assert [target for target in sorted(links_of(path)) if not target.exists()] == []
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name_of)
+def test_the_sections_that_a_page_links_to_are_there(path):
+    targets = LINK.findall(FENCED_BLOCK.sub("", path.read_text("utf-8")))
+    for target in targets:
+        page, _, section = target.partition("#")
+        if section and ":" not in page:
+            linked = (path.parent / page).resolve() if page else path
+            assert section in anchors_of(linked), target
 
 
 @pytest.mark.parametrize("path", DOCS, ids=name_of)
