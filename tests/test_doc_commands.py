@@ -8,15 +8,20 @@ options that were added all numbers.
 
 import dataclasses
 import glob
+import json
 import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from marref import cli, files
+from marref.teach.exercises import EXERCISES
 from marref.verify import golden, golden_continuous
 from marref.verify.comparison import Golden
 
@@ -32,7 +37,8 @@ NOT_RUN = {
     r"^pip install": "it installs into this environment",
     r"^mpiexec": "tests/test_ranks.py and tests/test_pool.py start processes of MPI",
     r"python -m benchmarks": "takes minutes or hours; tests/test_benchmarks.py runs them quickly",
-    r"^(for|done)\b": "a loop over benchmarks",
+    r"^python docs/tools/figures": "tests/test_docs.py holds pictures to the code that draws them",
+    r"^(for|done)\b|^ ": "a loop, over benchmarks or, on the page for teachers, tested below",
     r"^marref demo": ".ci/run runs the one, tests/test_continuous_training.py the other",
 }
 # Pages with a test of their own that runs their commands and compares what they show.
@@ -61,6 +67,7 @@ NOT_COMPARED = {
     "Training 133,249 parameters": "it is of a longer training",
     "--- 1, step 1/4": "the words are those of a longer training",
     "256 held-out sequences": "it is of a longer training",
+    "attend is right, ": "it is of a file that someone has filled in",
 }
 
 
@@ -89,7 +96,8 @@ def run(command, capfd):
     capfd.readouterr()
     status = cli.main(arguments)
     printed = capfd.readouterr()
-    assert status == (1 if "compare" in command else 0), printed.err
+    finds_something = re.search(r"marref (compare|exercise check) ", command)
+    assert status == (1 if finds_something else 0), printed.err
     return printed.out + printed.err
 
 
@@ -164,6 +172,28 @@ def test_the_commands_of_a_page_run_and_print_what_it_shows(page, tmp_path, monk
             exact = not any(entries(ADDED, command) for command in block)
             for line in filter(None, shown.splitlines()):
                 assert re.search(pattern_of(line, exact=exact), printed), line
+
+
+@pytest.mark.skipif(shutil.which("sh") is None, reason="no shell")
+def test_a_class_is_graded_by_the_loop_of_the_page_for_teachers(tmp_path):
+    program = tmp_path / "bin" / "marref"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -m marref "$@"\n', "utf-8")
+    program.chmod(0o755)
+    stub = EXERCISES["mask-ratio"].stub()
+    ratio = "return 2 * np.sin(np.pi / 4 * u) ** 2"
+    handed_in = {"anna": stub.replace("raise NotImplementedError", ratio), "ben": stub}
+    for student, text in handed_in.items():
+        file = tmp_path / "class" / student / "mine.py"
+        file.parent.mkdir(parents=True)
+        file.write_text(text, "utf-8")
+    page = (ROOT / "docs" / "teaching.md").read_text("utf-8")
+    (loop,) = (block[2] for block in BLOCK.finditer(page) if block[1] == "sh")
+    paths = {"PATH": f"{program.parent}{os.pathsep}{os.environ['PATH']}", "PYTHONPATH": str(ROOT)}
+    subprocess.run(["sh", "-c", loop], cwd=tmp_path, env={**os.environ, **paths}, check=True)
+    lines = (line.split("\t") for line in (tmp_path / "grades.tsv").read_text("utf-8").splitlines())
+    passed = {name: json.loads(result)["passed"] for name, result in lines}
+    assert passed == {"class/anna/mine.py": True, "class/ben/mine.py": False}
 
 
 def test_the_tables_hold_nothing_that_no_page_has():
