@@ -41,6 +41,10 @@ def mathml(tools):
         (r"\partial L / \partial y", "<mi>∂</mi><mi>L</mi><mi>/</mi><mi>∂</mi>"),
         (r"x \sim y", "<mo>∼</mo>"),
         (r"\begin{aligned} a &= b \\ &= c \end{aligned}", 'style="text-align: -webkit-right"'),
+        (r"x = -3", '<mo form="prefix">−</mo>'),
+        (r"x - 3", "<mo>−</mo>"),
+        (r"1 / |M|", '<mo stretchy="false" lspace="0" rspace="0">|</mo>'),
+        (r"f'(x)", "<mrow><mi>f</mi><mi>′</mi></mrow>"),
         (r"a < b", "<mo>&lt;</mo>"),
     ],
 )

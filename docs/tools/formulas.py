@@ -14,7 +14,17 @@ _SIZES = {
     **dict.fromkeys(("msubsup", "munderover"), 3),
 }
 # Others it drops without a word.
-_ENVIRONMENTS = ("aligned", "cases", "matrix", "pmatrix", "bmatrix", "vmatrix")
+_ENVIRONMENTS = (
+    "aligned",
+    "align*",
+    "split",
+    "array",
+    "cases",
+    "matrix",
+    "pmatrix",
+    "bmatrix",
+    "vmatrix",
+)
 # It takes these for identifiers, and the first for the character of the keyboard, …
 _OPERATORS = {"~": "∼", "±": "±"}
 # … and these for operators, with space on both sides.
@@ -49,7 +59,7 @@ def mathml(latex: str, *, display: bool = False) -> str:
     for element in root.iter():
         _mend(element)
     for element in root.iter():
-        _space_names(element)
+        _space(element)
     return ET.tostring(root, encoding="unicode")
 
 
@@ -84,6 +94,10 @@ def _mend(element: ET.Element) -> None:
     word = len(text) > 1 and text.isalpha()  # softmax is no sign between two things either
     if name == "mo" and (word or text in _IDENTIFIERS):
         _rename(element, "mi")
+    if name == "mo" and text == "|":  # of |M|, a fence
+        element.attrib |= {"lspace": "0", "rspace": "0"}
+    if name == "msup" and element[1].text == "′":  # which is raised by itself
+        _rename(element, "mrow")
     if len(element) > 1 and all(child.get("mathvariant") == "normal" for child in element):
         word = "".join(child.text or "" for child in element)
         if name == "mrow" and word.isalpha():  # a screen reader would spell it
@@ -92,14 +106,18 @@ def _mend(element: ET.Element) -> None:
             element.text = word
 
 
-def _space_names(row: ET.Element) -> None:
-    """Put thin spaces around log and its like, which MathML, unlike LaTeX, does not."""
+def _space(row: ET.Element) -> None:
+    """Put thin spaces around log and its like, and none behind a sign, as LaTeX does."""
     if _name(row) not in ("mrow", "mtd"):
         return
     for index in range(len(row) - 2, -1, -1):
-        pair = row[index], row[index + 1]
-        if any(map(_is_name, pair)) and not any(_name(one) in ("mo", "mspace") for one in pair):
+        before, after = row[index], row[index + 1]
+        names = _is_name(before) or _is_name(after)
+        if names and not any(_name(one) in ("mo", "mspace") for one in (before, after)):
             row.insert(index + 1, ET.Element(f"{{{_NAMESPACE}}}mspace", width="0.167em"))
+        ends = (before.text or "") in (")", "]", "|")
+        if after.text == "−" and _name(before) == "mo" and not ends:
+            after.set("form", "prefix")
 
 
 def _is_name(element: ET.Element) -> bool:
