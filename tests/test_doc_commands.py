@@ -26,7 +26,7 @@ from marref.verify import golden, golden_continuous
 from marref.verify.comparison import Golden
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md"])
+PAGES = sorted([*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"])
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 ROUNDED = r"\d+\.\d+(?:e[-+]\d+)?|\d+e[-+]\d+"
 COUNT = r"\d[\d,]*"
@@ -34,6 +34,7 @@ COUNT = r"\d[\d,]*"
 # Commands that are not run, by a pattern, and why not.
 NOT_RUN = {
     r"^python3 -m venv": ".ci/run runs both, in a fresh copy of the repository",
+    r"^.venv/bin/(ruff|pytest|mkdocs) ": ".ci/run runs them",
     r"^pip install": "it installs into this environment",
     r"^mpiexec": "tests/test_ranks.py and tests/test_pool.py start processes of MPI",
     r"python -m benchmarks": "takes minutes or hours; tests/test_benchmarks.py runs them quickly",

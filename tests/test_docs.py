@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+import marref
 from benchmarks import pictures
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "marref"
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [*DOCS, ROOT / "README.md"]
+PAGES = [*DOCS, *(ROOT / f"{name}.md" for name in ("README", "CHANGELOG", "CONTRIBUTING"))]
 PICTURES = sorted((ROOT / "docs").glob("*.png"))
 MODULES = sorted(path for path in PACKAGE.rglob("*.py") if ">>> " in path.read_text("utf-8"))
 
@@ -152,6 +153,15 @@ def test_stamping_a_picture_replaces_what_it_said_and_leaves_its_pixels(tmp_path
     assert (said["Command"], said["Commit"]) == ("draw once", "0" * 40)
     pixels = original[original.index(b"IDAT") :]
     assert path.read_bytes().endswith(pixels)
+
+
+def test_citation_and_changes_are_of_this_version():
+    citation = (ROOT / "CITATION.cff").read_text("utf-8")
+    assert f"\nversion: {marref.__version__}\n" in citation
+    newest = re.search(
+        r"^## (\S+?),?( |$)", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE
+    )
+    assert newest[1] == marref.__version__
 
 
 def test_the_index_links_every_page():
