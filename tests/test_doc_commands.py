@@ -45,7 +45,10 @@ NOT_RUN = {
 # Pages with a test of their own that runs their commands and compares what they show.
 ELSEWHERE = {"cross-checking.md": "tests/test_cross_checking.py"}
 # What is added to commands, by a pattern, so that they take seconds.
-SMALL = "--num-steps 3 --num-layers 1 --num-heads 1 --embed-dim 8 --batch-size 8"
+SMALL = (
+    "--num-steps 3 --num-layers 1 --num-heads 1 --embed-dim 8 --batch-size 8"
+    " --validation-fraction 0.02 --num-threads 1"
+)
 SMALL_CONTINUOUS = (
     "--num-steps 3 --batch-size 2 --encoder-dim 8 --decoder-dim 8 --diffusion-dim 8 --num-heads 1"
 )
