@@ -27,7 +27,7 @@ _FORMULA = re.compile(r'<(span|div) class="arithmatex">\\[(\[](.*?)\\[)\]]</\1>'
 # The dash of mkdocstrings after an argument that needs no words.
 _NO_DESCRIPTION = re.compile(r'–\s*<div class="doc-md-description">\s*</div>')
 _FETCHED = re.compile(r'<(?:script|link|img|iframe)\b[^>]*?\b(?:src|href)="(?:https?:)?//[^"]*')
-_LANGUAGES = {".py": "py", ".c": "c", ".toml": "toml"}
+_LANGUAGES = {".py": "py", ".c": "c", ".toml": "toml", ".js": "js", ".html": "html"}
 
 
 def site_uri(path: Path) -> str:
