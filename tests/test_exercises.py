@@ -326,11 +326,12 @@ def test_a_single_wrong_number_is_not_called_so_many_times_the_right_one(tmp_pat
 def test_no_mistake_of_learners_computes_the_right_numbers_or_those_of_another(exercise):
     for part in exercise.parts:
         seen = {}
-        for name, _, arrays in grading.known(part):
-            if name in part.mistakes:
-                assert all(arrays), name
-                seen[name] = [
-                    {key: array.tobytes() for key, array in each.items()} for each in arrays
+        for mistake in grading.known(part):
+            if mistake.name in part.mistakes:
+                assert all(mistake.outputs), mistake.name
+                seen[mistake.name] = [
+                    {key: array.tobytes() for key, array in each.items()}
+                    for each in mistake.outputs
                 ]
         right = [
             {

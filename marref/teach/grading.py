@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -78,12 +78,15 @@ def exercise_of(file: Path, name: str | None = None) -> Exercise:
     ValueError
         There is no such exercise, or neither the file nor its name says which.
     """
+    if not file.is_file():
+        raise FileNotFoundError(f"{file}: no such file")
     if name is None:
         text = file.read_bytes()[:1000].decode("utf-8", "replace")
         found = _NAMED.search(text)
         name = found[1] if found else file.stem.replace("_", "-")
         if name not in EXERCISES:
-            raise ValueError(f"{file}: exercise {checks.unknown_name(name, EXERCISES)}")
+            unknown = checks.unknown_name(name, EXERCISES)
+            raise ValueError(f"{file}: exercise {unknown}; --exercise NAME says which it is")
     return EXERCISES[checks.choice("exercise", name, EXERCISES)]
 
 
@@ -181,7 +184,7 @@ def _compared(part: Part, outputs: Path) -> Verdict:
         for found, right in zip(given, expected, strict=True):
             layers.check_fit(found, right)
     except ValueError as problem:
-        said = "; or: ".join(layers.mistakes_in_shape(known(part), given, expected))
+        said = "\nOr: ".join(layers.mistakes_in_shape(known(part), given, expected))
         mistake = f"\nExactly the numbers of this mistake: {said}" if said else ""
         return Verdict(part.name, False, f"is wrong: {problem}{mistake}")
     try:
@@ -202,30 +205,22 @@ def _said(part: Part, found: layers.LayerDiagnosis) -> str:
     One mistake in a backward makes wrong whatever comes after it, which may be dozens of outputs;
     it is found between them and what is right.
     """
-    findings = found.findings
-    unnamed = [finding.outputs[0] for finding in findings if not finding.mistakes]
-    lines: list[str] = []
-    others: list[str] = []
-    for finding in findings:
-        together = finding.outputs if finding.mistakes else tuple(unnamed)
-        unnamed = unnamed[not finding.mistakes :]
-        said = finding.sentence + _step(part, together)
-        if lines and not finding.mistakes and said == finding.sentence:
-            others += finding.outputs
-        else:
-            lines.append(said)
+    lines = [finding.sentence for finding in found.findings if finding.mistakes]
+    unnamed = [finding for finding in found.findings if not finding.mistakes]
+    others = [finding.outputs[0] for finding in unnamed]
+    together = part.steps.get(" ".join(others))
+    steps = part.steps if all(name in part.steps for name in others) else {}
+    for finding in unnamed:
+        name = finding.outputs[0]
+        step = together if together else steps.get(name)
+        if not lines or (step and not together):
+            others.remove(name)
+            lines.append(finding.sentence + (f"\nThe step to look at: {step}." if step else ""))
     if others:
-        wrong = {name for finding in findings for name in finding.outputs}
+        wrong = {name for finding in found.findings for name in finding.outputs}
         right = [name for name in found.errors if name not in wrong]
         lines.append(f"Wrong too: {', '.join(others)}. Right: {', '.join(right) or 'nothing'}.")
     return "\n".join(lines)
-
-
-def _step(part: Part, outputs: Sequence[str]) -> str:
-    """Say which step of the derivation it is, where the wrong outputs tell."""
-    own = part.steps.get(outputs[0]) if all(name in part.steps for name in outputs) else None
-    step = part.steps.get(" ".join(outputs), own)
-    return f"\nThe step to look at: {step}." if step else ""
 
 
 @functools.cache

@@ -13,7 +13,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,8 +27,17 @@ TOLERANCE = 1e-12
 
 Function = Callable[..., Any]
 Arrays = Mapping[str, Array]
-Candidate = tuple[str, str, list[Arrays]]
-"""The name of a mistake, what is said of it, and what it computes at every point."""
+
+
+class Candidate(NamedTuple):
+    """A mistake, and what it computes."""
+
+    name: str
+    said: str
+    outputs: list[Arrays]
+    """At every point."""
+    num_patches: int
+    """How many functions of marref it changes; 0 if it is none of the catalogue."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +137,7 @@ def diagnose_layer(
     ...     ("dquery", "dkey", "dvalue"),
     ... )
     >>> found.findings[0].mistakes
-    ('attention-unscaled', 'attention-gradient-unscaled')
+    ('attention-gradient-unscaled',)
     """
     points = [inputs]
     return diagnose_points(
@@ -172,6 +181,8 @@ def diagnose_points(
         for name in expected[0]
     }
     wrong = [name for name, largest in errors.items() if not largest <= tolerance]
+    # What is cached comes before the result: a mistake shows there first.
+    wrong.sort(key=lambda name: not name.startswith("cache"))
     mistakes = list(known()) if wrong else []
     findings = []
     while wrong:
@@ -183,7 +194,7 @@ def diagnose_points(
         ]
         sentence = _first_wrong(wrong[0], *pairs[0], tolerance)
         if texts:
-            said = "; or: ".join(texts.values())
+            said = "\nOr: ".join(texts.values())
             sentence += f"\n{', '.join(outputs)}: exactly the numbers of this mistake: {said}"
         else:
             sentence += _relation(wrong[0], pairs, tolerance)
@@ -209,6 +220,8 @@ def named(outputs: Any, names: tuple[str | None, ...]) -> dict[str, Array]:
     for name, part in zip(names, parts, strict=True):
         if name is None:
             continue
+        if isinstance(part, tuple):
+            raise ValueError(f"{name}: received a tuple of {len(part)}")
         leaves = part if isinstance(part, dict | list) else np.asarray(part)
         try:
             arrays = trees.flatten(leaves)
@@ -225,6 +238,9 @@ def check_fit(given: Arrays, expected: Arrays) -> None:
     """Raise ValueError unless all expected outputs are there, in their shapes."""
     for name, right in expected.items():
         if name not in given:
+            tree, _, leaf = name.partition(".")
+            if leaf and tree in given:
+                raise ValueError(f"{tree}: received an array, expected a dict with {leaf}")
             there = ", ".join(given) or "nothing"
             raise ValueError(f"{name}: missing, received {there}")
         found = given[name]
@@ -233,8 +249,9 @@ def check_fit(given: Arrays, expected: Arrays) -> None:
         message = f"{name}: shape {list(found.shape)}, expected {list(right.shape)}"
         if found.size == right.size and error(found.reshape(right.shape), right) <= TOLERANCE:
             message += "; the numbers are right"
-        elif found.shape == right.T.shape and error(found.T, right) <= TOLERANCE:
-            message += "; it is the right one transposed"
+        elif right.ndim > 1 and found.shape == right.mT.shape:
+            is_right = error(found.mT, right) <= TOLERANCE
+            message += "; it is the right one transposed" if is_right else "; transposed?"
         raise ValueError(message)
 
 
@@ -260,14 +277,16 @@ def candidates(
 ) -> Iterator[Candidate]:
     """Compute with every mistake of the catalogue, and some more; arguments as above."""
     for text, function in mistakes.items():
-        yield text, text, [_computed(functools.partial(function, **each), names) for each in points]
+        outputs = [_computed(functools.partial(function, **each), names) for each in points]
+        yield Candidate(text, text, outputs, 0)
     # Faults take the arguments as marref passes them: by position, where that can be.
     bound = [inspect.signature(reference).bind(**point) for point in points]
     calls = [functools.partial(reference, *each.args, **each.kwargs) for each in bound]
     for fault in itertools.chain(CATALOGUE.values(), CONTINUOUS.values()):
         with fault.applied():
-            arrays = [_computed(call, names) for call in calls]
-        yield fault.name, f"{fault.name}. {fault.summary}", arrays
+            outputs = [_computed(call, names) for call in calls]
+        said = f"{fault.name}. {fault.summary}"
+        yield Candidate(fault.name, said, outputs, len(fault.patches))
 
 
 def mistakes_in_shape(
@@ -280,7 +299,7 @@ def mistakes_in_shape(
     names = expected[0].keys()
     if not all(names <= arrays.keys() for arrays in given):
         return []
-    return [text for _, text, arrays in mistakes if _fits(arrays, given, names, tolerance)]
+    return [each.said for each in mistakes if _fits(each.outputs, given, names, tolerance)]
 
 
 def _computed(call: Callable[[], Any], names: tuple[str | None, ...]) -> Arrays:
@@ -312,20 +331,24 @@ def _best(
 ) -> tuple[tuple[str, ...], dict[str, str]]:
     """Choose the mistakes that compute the first wrong output and the most of the others.
 
-    Of those that compute as many, those that leave the right outputs right come first, and alone.
+    Of those that compute as many, those that leave the right outputs right come first, and then
+    those that change the least: in a backward that is a mistake of the gradient, not one of the
+    forward that changes the gradient too.  The others of the same numbers are not named.
     """
     best: dict[str, str] = {}
-    rank = (0, False)
+    rank: tuple[float, ...] = (0, False, -math.inf)
     outputs: tuple[str, ...] = (wrong[0],)
-    for name, text, arrays in mistakes:
-        if not _fits(arrays, given, wrong[:1], tolerance):
+    for mistake in mistakes:
+        computed = mistake.outputs
+        if not _fits(computed, given, wrong[:1], tolerance):
             continue
-        fitting = tuple(each for each in wrong if _fits(arrays, given, [each], tolerance))
-        rank_of = (len(fitting), _fits(arrays, given, right, tolerance))
+        fitting = tuple(each for each in wrong if _fits(computed, given, [each], tolerance))
+        leaves_right = _fits(computed, given, right, tolerance)
+        rank_of = (len(fitting), leaves_right, -mistake.num_patches)
         if rank_of > rank:
             best, rank, outputs = {}, rank_of, fitting
         if rank_of == rank:
-            best[name] = text
+            best[mistake.name] = mistake.said
     return outputs, best
 
 

@@ -254,6 +254,30 @@ ATTENTION = Exercise(
                 "dV = A dC: the transpose of A is missing": _backward_with(
                     lambda dcontext, cache, dscores: {"dvalue": cache["weights"] @ dcontext}
                 ),
+                "dS is A ⊙ (1 - A) ⊙ dA, the diagonal of the Jacobian alone: each weight of a row "
+                "depends on all its scores": _softmax_step(
+                    lambda dweights, weights: weights * (1 - weights) * dweights
+                ),
+                "dS lacks the factor A before the bracket": _softmax_step(
+                    lambda dweights, weights: (
+                        dweights - (weights * dweights).sum(axis=-1, keepdims=True)
+                    )
+                ),
+                "in dS the plain mean of dA is taken off instead of its mean under A": (
+                    _softmax_step(lambda dweights, weights: weights * (dweights - _mean(dweights)))
+                ),
+                "in dS the mean of dA under A is added, where it is to be taken off": _softmax_step(
+                    lambda dweights, weights: (
+                        weights * (dweights + (weights * dweights).sum(axis=-1, keepdims=True))
+                    )
+                ),
+                "in dS the sum Σ A dA is over the queries; it belongs to the keys, axis -1": (
+                    _softmax_step(
+                        lambda dweights, weights: (
+                            weights * (dweights - (weights * dweights).sum(axis=-2, keepdims=True))
+                        )
+                    )
+                ),
                 "softmax is passed over on the way back: dS = dA": _softmax_step(
                     lambda dweights, weights: dweights
                 ),

@@ -289,6 +289,10 @@ DECODING_STEP = Exercise(
                 "id 0 is taken for [MASK]; it is mask_token_id": lambda **point: decoding_step(
                     **{**point, "mask_token_id": 0}
                 ),
+                "the largest logit less itself is taken for the confidence: all are equal, and the "
+                "first positions come first": _step_with(
+                    confidence_of=lambda z, p: z.max(axis=1) - z.max(axis=1)
+                ),
                 "the largest logit is taken for the confidence, without softmax": _step_with(
                     confidence_of=lambda z, p: z.max(axis=1)
                 ),

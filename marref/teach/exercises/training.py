@@ -353,6 +353,9 @@ MASK_RATIO = Exercise(
                 "the angle is in degrees: cos takes radians, π/2 for 90°": lambda u: (
                     1.0 - np.cos(90.0 * u)
                 ),
+                "(2/π) arccos(u), another schedule, which favours large ratios": lambda u: (
+                    2 / math.pi * np.arccos(u)
+                ),
                 "the distribution function P(u), where its inverse belongs": lambda u: (
                     2 / math.pi * np.arccos(1 - u)
                 ),
