@@ -1,0 +1,47 @@
+"""Measure the live decoder in a browser: how soon it paints, and how long a step takes.
+
+    python -m benchmarks.live_page DECODE.HTML
+
+Prints the medians of nine loads, and of nine steps of a fresh page.  Needs the extra browser, and a
+chromium on the path.
+"""
+
+import shutil
+import statistics
+import sys
+from pathlib import Path
+
+ROUNDS = 9
+FIRST_PAINT = "performance.getEntriesByType('paint')[0].startTime"
+ONE_STEP = """() => {
+    const begin = performance.now();
+    show_at(page.step + 1);
+    document.body.getBoundingClientRect();
+    return performance.now() - begin;
+}"""
+
+
+def main(path: str) -> None:
+    """Open the page some times, and step."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(
+            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+        )
+        paints, steps = [], []
+        for _ in range(ROUNDS):
+            page = browser.new_page()
+            page.goto(Path(path).resolve().as_uri())
+            page.wait_for_timeout(200)
+            paints.append(page.evaluate(FIRST_PAINT))
+            steps.append(page.evaluate(ONE_STEP))
+            page.close()
+        browser.close()
+    print(
+        f"first paint {statistics.median(paints):.0f} ms, a step {statistics.median(steps):.0f} ms"
+    )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
