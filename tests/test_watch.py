@@ -489,6 +489,86 @@ def test_the_page_draws_what_marref_makes_of_its_uniform_numbers(opened, demo_pa
     assert 'order="random", temperature=0, labels=[7]' in page.locator("#call").inner_text()
 
 
+def test_a_field_shows_what_is_used_of_what_was_typed(opened, demo_page):
+    page = opened(demo_page)
+    for field, typed, used in (
+        ("num-steps", "100", "64"),
+        ("num-steps", "0", "1"),
+        ("num-steps", "2.5", "2"),
+        ("temperature", "-1", "0"),
+        ("temperature", "20", "10"),
+        ("temperature", "", "1"),
+        ("temperature", "0.75", "0.75"),
+    ):
+        page.locator(f"#{field}").fill(typed)
+        page.locator(f"#{field}").press("Enter")
+        assert page.locator(f"#{field}").input_value() == used
+        assert page.evaluate("settings().rule")[field.replace("-", "_")] == float(used)
+
+
+def test_a_field_without_effect_is_disabled(opened, demo_page):
+    page = opened(demo_page)
+
+    def disabled():
+        return page.evaluate(
+            "[...document.querySelectorAll('#settings :is(input, select):disabled')].map(f => f.id)"
+        )
+
+    assert disabled() == ["seed", "guidance"]
+    page.get_by_label("Class").select_option("3")
+    assert disabled() == ["seed"]
+    page.get_by_label("Rule").select_option("random")
+    assert disabled() == ["temperature"]
+    page.get_by_label("Tokens are").select_option("drawn")
+    assert disabled() == []
+    page.get_by_label("Rule").select_option("threshold")
+    assert disabled() == ["num-steps", "schedule"]
+    page.get_by_label("Temperature").fill("0")
+    page.get_by_label("Temperature").press("Enter")
+    assert disabled() == ["num-steps", "schedule", "seed"]
+
+
+def test_a_threshold_has_no_schedule_to_draw(opened, demo_page):
+    page = opened(demo_page)
+    assert page.locator("#counts .planned").count() == 8
+    page.get_by_label("Rule").select_option("threshold")
+    page.get_by_role("button", name="Forward").click()
+    assert page.locator("#counts .planned").count() == 0
+    assert page.locator("#counts .done").count() == 1
+    assert page.locator("#planned-legend").is_hidden()
+    assert "No schedule" in page.locator("#counts-text").inner_text()
+    assert "num_steps" not in page.locator("#call").inner_text()
+
+
+def test_while_it_computes_the_page_says_so(opened, demo_page):
+    page = opened(demo_page)
+    # A clock on which each step takes so long that the page pauses after it.
+    said, at_the_end = page.evaluate("""async () => {
+        let now = 0;
+        performance.now = () => (now += 100);
+        const said = [];
+        const wait = setTimeout;
+        window.setTimeout = (resume) => {
+            said.push([at("step-shown").textContent, at("status").textContent]);
+            wait(resume);
+        };
+        await show_at(8);
+        return [said, at("status").textContent];
+    }""")
+    assert said == [[f"{step} of 8", "Computing …"] for step in range(2, 8)]
+    assert at_the_end.startswith("Step 8 of 8")
+
+
+def test_probabilities_have_the_digits_that_tell_them_apart(opened, demo_page):
+    page = opened(demo_page)
+    for given, expected in (
+        ([0.5, 0.25, 0.25], ["0.500", "0.250", "0.250"]),
+        ([0.9912, 0.99137, 0.5], ["0.9912", "0.9914", "0.5000"]),
+        ([0.5, 0.5 + 1e-12], ["0.500000000", "0.500000000"]),
+    ):
+        assert page.evaluate("(given) => told_apart(given)", given) == expected
+
+
 def view_size(state):
     return int(state.masked.sum())
 

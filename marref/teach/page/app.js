@@ -24,6 +24,9 @@ const RULES = {
 const FOR_TOKENS = 0;
 const FOR_ORDER = 1;
 const NUM_CANDIDATES = 5;
+const NUMBERS = ["temperature", "num-steps", "seed", "guidance"];
+// Of more steps than this the chart draws no gaps between bars: they would hide the bars.
+const MANY_STEPS = 24;
 // From here on the colour of a blank, in either theme, has more contrast to the other text colour.
 const SURE = 0.68;
 
@@ -47,8 +50,8 @@ function bytes_of(base64) {
 
 function settings() {
   const rule = {
-    num_steps: Math.max(1, Math.floor(at("num-steps").valueAsNumber || 1)),
-    temperature: Math.max(0, at("temperature").valueAsNumber || 0),
+    num_steps: number_of("num-steps"),
+    temperature: number_of("temperature"),
     schedule: at("schedule").value,
     order: "confidence",
     choice_temperature: 0,
@@ -59,14 +62,33 @@ function settings() {
   // As in marref: where something is drawn, tokens are too, unless the temperature is 0.
   if (needs_noise(rule) && !draws) rule.temperature = 0;
   const label = at("class").value === "" ? undefined : Number(at("class").value);
-  const guidance_scale = label === undefined ? 1 : at("guidance").valueAsNumber || 0;
-  const seed = at("seed").valueAsNumber >>> 0;
-  return { rule, draws, label, guidance_scale, seed };
+  const guidance_scale = label === undefined ? 1 : number_of("guidance");
+  return { rule, draws, label, guidance_scale, seed: number_of("seed") };
+}
+
+// The number in a field, within the bounds of the field; the default where there is none.
+function number_of(id) {
+  const { valueAsNumber, defaultValue, min, max, step } = at(id);
+  const number = Number.isNaN(valueAsNumber) ? Number(defaultValue) : valueAsNumber;
+  const rounded = step === "1" ? Math.floor(number) : number;
+  return Math.min(Math.max(rounded, Number(min)), Number(max));
+}
+
+// Let each field show what is used of it, and be disabled where it has no effect.
+function show_settings() {
+  for (const id of NUMBERS) at(id).value = number_of(id);
+  const { rule, draws, label } = settings();
+  at("temperature").disabled = needs_noise(rule) && !draws;
+  for (const id of ["num-steps", "schedule"]) at(id).disabled = rule.reveal !== undefined;
+  at("planned-legend").hidden = rule.reveal !== undefined;
+  at("seed").disabled = !needs_noise(rule) && !(draws && rule.temperature > 0);
+  at("guidance").disabled = label === undefined;
+  at("call").textContent = call_of(settings());
 }
 
 // The call of marref.iterative_decode that does what the page does.
 function call_of({ rule, draws, label, guidance_scale }) {
-  const told = { num_steps: rule.num_steps };
+  const told = rule.reveal ? {} : { num_steps: rule.num_steps };
   if (rule.order !== "confidence") told.order = `"${rule.order}"`;
   if (rule.choice_temperature > 0) told.choice_temperature = rule.choice_temperature;
   if (rule.reveal) told.reveal = `marref.decoding.Threshold(${rule.reveal.probability})`;
@@ -89,7 +111,7 @@ function restart(tokens) {
 
 // The settings have changed: decode again from the same start, as far as now.
 function decode_again() {
-  at("call").textContent = call_of(settings());
+  show_settings();
   const step = page.step;
   page.history = [start(page.history[0].tokens, settings().rule)];
   show_at(step);
@@ -303,7 +325,8 @@ function sentence_of_step() {
 }
 
 function show_counts() {
-  const { counts } = page.history[0];
+  const has_schedule = settings().rule.reveal === undefined;
+  const counts = has_schedule ? page.history[0].counts : [];
   const done = page.history.slice(1, page.step + 1).map((state) => state.count);
   const num_bars = Math.max(counts.length, done.length);
   const most = Math.max(1, ...counts, ...done);
@@ -321,7 +344,10 @@ function show_counts() {
     return step;
   });
   at("counts").replaceChildren(...bars);
-  const planned = `The schedule: ${listed(counts) || "nothing to reveal"}.`;
+  at("counts").classList.toggle("dense", num_bars > MANY_STEPS);
+  const planned = has_schedule
+    ? `The schedule: ${listed(counts) || "nothing to reveal"}.`
+    : "No schedule: the threshold says how many.";
   const revealed = done.length > 0 ? ` Revealed: ${listed(done)}.` : "";
   at("counts").setAttribute("aria-label", planned + revealed);
   at("counts-text").textContent = planned + revealed;
@@ -665,5 +691,5 @@ fill_controls();
 show_brush();
 choose_tool("look");
 listen();
-at("call").textContent = call_of(settings());
+show_settings();
 start_from(Array(model.length).fill(MASK));
