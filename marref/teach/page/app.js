@@ -141,6 +141,7 @@ async function show_at(step) {
     if (performance.now() - paused > 50 && page.history.length <= step) {
       page.step = page.history.length - 1;
       show();
+      at("status").textContent = "Computing …";
       await new Promise((resume) => setTimeout(resume));
       if (ticket !== page.latest) return;
       paused = performance.now();
