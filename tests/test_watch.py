@@ -617,13 +617,15 @@ def test_a_position_shows_its_candidates_and_where_a_head_looks(opened, demo_pag
     assert tokens_of(page)[20] == best[1] + 1
 
 
-def test_an_example_is_loaded_and_its_second_half_masked(opened, demo_page):
+def test_an_example_is_loaded_and_its_lower_half_masked(opened, demo_page):
     page = opened(demo_page)
+    masked = page.get_by_role("button", name="What is shown, lower half masked")
+    assert masked.is_disabled()
     page.get_by_label("An example").select_option("a real 3")
     three = data.digits()[1][data.digit_labels()[1] == 3][0].tolist()
     assert tokens_of(page) == three
     assert page.locator("#status").inner_text().startswith("Nothing is masked")
-    page.get_by_role("button", name="the second half masked").click()
+    masked.click()
     assert tokens_of(page) == three[:32] + [0] * 32
 
 
@@ -632,6 +634,7 @@ def test_of_a_text_run_blanks_are_typed_and_filled(opened, text_run, tmp_path):
     checkpoint = runs.best(text_run)
     codec = data.codec_from_dict(checkpoint.codec)
     page = opened(tmp_path / "text.html", 360)
+    assert page.get_by_role("button", name="What is shown, second half masked").is_disabled()
     text = page.get_by_label("Text, with _")
     text.fill("the qu_ck \\_")
     start = page.get_by_role("button", name="Start from this text")

@@ -246,6 +246,7 @@ function show() {
   show_steps();
   show_counts();
   show_position();
+  at("mask-half").disabled = shown_state().tokens.every((token) => token === MASK);
 }
 
 function show_grid() {
@@ -629,6 +630,7 @@ function fill_controls() {
   at("num-steps").max = model.length;
   for (const id of ["paint-tool", "brush-field"]) at(id).hidden = is_text;
   at("text-field").hidden = !is_text;
+  if (codec.kind === "pixels") at("mask-half").textContent = "What is shown, lower half masked";
   at("example-field").hidden = Object.keys(model.examples).length === 0;
   for (const field of document.querySelectorAll(".of-classes")) {
     field.hidden = model.classes.length === 0;
