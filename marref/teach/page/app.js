@@ -315,15 +315,23 @@ function sentence_of_step() {
   }
   const order = state.revealed.flatMap((revealed, p) => (revealed ? [p] : []));
   order.sort((p, q) => state.place[p] - state.place[q]);
-  const told = order
-    .slice(0, 3)
-    .map(
-      (p) =>
-        `${place_of(p)} becomes ${name_of(state.tokens[p])} (p ${state.confidence[p].toFixed(2)})`,
-    );
+  const first = order.slice(0, 3);
+  const probabilities = told_apart(first.map((p) => state.confidence[p]));
+  const told = first.map(
+    (p, i) => `${place_of(p)} becomes ${name_of(state.tokens[p])} (p ${probabilities[i]})`,
+  );
   const more = order.length > 3 ? `, and ${order.length - 3} more` : "";
   const step = `Step ${page.step} of ${last_step()}`;
   return `${step} revealed ${order.length}: ${told.join("; ")}${more}. ${left}`;
+}
+
+// Probabilities with as many digits as tell them apart, from 3 to 9.
+function told_apart(probabilities) {
+  const num_different = new Set(probabilities).size;
+  const with_digits = (digits) => probabilities.map((p) => p.toFixed(digits));
+  let digits = 3;
+  while (digits < 9 && new Set(with_digits(digits)).size < num_different) digits++;
+  return with_digits(digits);
 }
 
 function show_counts() {
