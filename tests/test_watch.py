@@ -590,8 +590,10 @@ def test_keys_alone_move_paint_mask_and_step_and_each_step_is_said(opened, demo_
     assert re.match(r"Step 1 of 8 revealed 2: row \d, column \d becomes level \d+ \(p ", said)
     assert said.endswith("62 still masked.")
     assert page.locator("#grid .revealed").count() == 2
+    assert page.locator("#before").inner_text() == "Predictions are those from before this step."
     page.keyboard.press("PageUp")
     assert page.locator("#status").inner_text() == "The start: 64 of 64 tokens are masked."
+    assert page.locator("#before").inner_text() == ""
     page.get_by_label("Step 0 of 8").press("End")
     page.get_by_text("Nothing is masked").wait_for()
     assert page.get_by_role("button", name="Forward").is_disabled()
@@ -613,8 +615,12 @@ def test_a_position_shows_its_candidates_and_where_a_head_looks(opened, demo_pag
     row, column = divmod(int(weights.argmax()), 8)
     said = page.locator("#attention-text").inner_text()
     assert f"looks most at row {row + 1}, column {column + 1} ({weights.max():.2f});" in said
+    told = f"0 to {weights.max():#.2g}, the largest here"
+    assert page.locator("#attention-scale").inner_text() == told
+    assert page.locator("#known").is_hidden()
     page.get_by_role("button", name=f"put level {best[1]} at row 3, column 5").click()
     assert tokens_of(page)[20] == best[1] + 1
+    assert page.locator("#known").is_visible()
 
 
 def test_an_example_is_loaded_and_its_lower_half_masked(opened, demo_page):

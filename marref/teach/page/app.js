@@ -302,6 +302,7 @@ function show_steps() {
   at("step").setAttribute("aria-valuetext", `step ${page.step} of ${last}`);
   for (const id of ["first", "back"]) at(id).disabled = page.step === 0;
   for (const id of ["forward", "last"]) at(id).disabled = is_done(shown_state());
+  at("before").textContent = page.step > 0 ? "Predictions are those from before this step." : "";
 }
 
 function sentence_of_step() {
@@ -380,9 +381,11 @@ function show_position() {
   const place = place_of(p);
   at("position-title").textContent = place[0].toUpperCase() + place.slice(1);
   const step = Math.max(page.step, 1);
-  const what = input_of_step().mask[p] ? "the blank" : "it";
+  const is_blank = input_of_step().mask[p];
+  const what = is_blank ? "the blank" : "it";
   at("candidates-caption").textContent =
     `The most probable tokens here, as step ${step} sees ${what}`;
+  at("known").hidden = is_blank;
   const rows = candidates(p).map(([token, probability]) => candidate_row(p, token, probability));
   at("candidates").tBodies[0].replaceChildren(...rows);
   show_attention();
@@ -441,6 +444,7 @@ function show_attention() {
   const text = `${head} looks most at ${told.join("; ")}.`;
   at("attention").setAttribute("aria-label", text);
   at("attention-text").textContent = text;
+  at("attention-scale").textContent = `0 to ${largest.toPrecision(2)}, the largest here`;
 }
 
 function element(name, class_name, text) {
