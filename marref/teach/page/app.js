@@ -641,6 +641,7 @@ function fill_controls() {
   at("brush").value = config.vocab_size - 1;
   at("num-steps").max = model.length;
   for (const id of ["paint-tool", "brush-field"]) at(id).hidden = is_text;
+  at("brush-swatch").hidden = codec.channels !== 1;
   at("text-field").hidden = !is_text;
   if (codec.kind === "pixels") at("mask-half").textContent = "What is shown, lower half masked";
   at("example-field").hidden = Object.keys(model.examples).length === 0;
@@ -700,6 +701,7 @@ function choose_tool(tool) {
 function show_brush() {
   const token = Number(at("brush").value);
   at("brush-shown").textContent = is_text ? "" : name_of(token).replace("level ", "");
+  if (codec.channels === 1) at("brush-swatch").style.setProperty("--shade", shade_of(token, 0));
 }
 
 fill_controls();
