@@ -23,7 +23,7 @@ def main(page_of_the_demo: str) -> None:
         page = browser.new_page(viewport={"width": 1220, "height": 710})
         page.goto(Path(page_of_the_demo).resolve().as_uri())
         page.get_by_label("An example").select_option("a real 3")
-        page.get_by_role("button", name="the second half masked").click()
+        page.get_by_role("button", name="lower half masked").click()
         page.get_by_label("Class").select_option("3")
         for _ in range(4):
             page.get_by_role("button", name="Forward").click()
