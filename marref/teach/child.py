@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from marref import trees
+from marref import files, trees
 from marref.teach.exercise import Part, Point
 from marref.teach.exercises import EXERCISES
 from marref.trees import Array
@@ -49,7 +49,7 @@ def main(exercise: str, file: str, out: str) -> None:
         outputs = {
             f"{at}/{name}": each for at, call in enumerate(calls) for name, each in call.items()
         }
-        np.savez(folder / f"{part.name}.npz", allow_pickle=False, **outputs)
+        files.save(folder / f"{part.name}.npz", outputs, {}, compressed=False)
     report["running"] = None
     return write()
 

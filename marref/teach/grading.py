@@ -13,9 +13,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
-
-from marref import checks
+from marref import checks, files
 from marref.teach.exercise import Exercise, Part
 from marref.teach.exercises import EXERCISES
 from marref.trees import Array
@@ -176,10 +174,10 @@ def _compared(part: Part, outputs: Path) -> Verdict:
     """Hold what a function returned at all points to the reference."""
     expected = [layers.named(part.reference(**point), part.outputs) for point in part.draw()]
     given: list[dict[str, Array]] = [{} for _ in expected]
-    with np.load(outputs, allow_pickle=False) as arrays:
-        for name in arrays.files:
-            number, _, output = name.partition("/")
-            given[int(number)][output] = arrays[name]
+    arrays, _ = files.load(outputs)
+    for name, array in arrays.items():
+        number, _, output = name.partition("/")
+        given[int(number)][output] = array
     try:
         for found, right in zip(given, expected, strict=True):
             layers.check_fit(found, right)
