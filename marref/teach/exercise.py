@@ -12,10 +12,12 @@ from typing import Any
 import numpy as np
 
 from marref import trees
-from marref.trees import Tree
+from marref.trees import Array, Tree
 
 Function = Callable[..., Any]
 Point = Mapping[str, Any]
+Rng = np.random.Generator
+Points = Callable[[Rng], Sequence[Point]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,7 +46,7 @@ class Part:
     name: str
     reference: Function
     outputs: tuple[str | None, ...]
-    points: Callable[[np.random.Generator], Sequence[Point]]
+    points: Points
     steps: Mapping[str, str] = dataclasses.field(default_factory=dict)
     mistakes: Mapping[str, Function] = dataclasses.field(default_factory=dict)
 
@@ -98,7 +100,37 @@ class Exercise:
         return "\n\n".join(sources)
 
 
-def drawn(tree: Tree, rng: np.random.Generator) -> Tree:
+def drawn(tree: Tree, rng: Rng) -> Tree:
     """Draw every parameter anew: fresh biases of 0 and scales of 1 would hide mistakes."""
     new: Tree = trees.map_leaves(lambda leaf: rng.normal(0.3, 0.7, leaf.shape), tree)
     return new
+
+
+def after_forward(forward: Function, points: Points, gradient: str = "dy") -> Points:
+    """Make the points of a backward: what the forward kept at its points, and a gradient.
+
+    Parameters
+    ----------
+    forward : callable
+        Returns a result and a cache.
+    points : callable
+        Those of the forward.
+    gradient : str
+        What the backward calls the gradient of the result.
+    """
+
+    def draw(rng: Rng) -> Sequence[Point]:
+        drawn_points = []
+        for point in points(rng):
+            result, cache = forward(**point)
+            params = {name: point[name] for name in ("params",) if name in point}
+            drawn_points.append({**params, gradient: rng.normal(size=result.shape), "cache": cache})
+        return drawn_points
+
+    return draw
+
+
+def row_mean(x: Array) -> Array:
+    """Take the mean over the last axis, which stays with the length 1."""
+    mean: Array = x.mean(axis=-1, keepdims=True)
+    return mean

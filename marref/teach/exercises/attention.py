@@ -7,10 +7,8 @@ from typing import Any
 import numpy as np
 
 from marref.layers import attention, linear
-from marref.teach.exercise import Exercise, Part, Point, drawn
+from marref.teach.exercise import Exercise, Part, Point, Rng, after_forward, drawn, row_mean
 from marref.trees import Array, Tree
-
-Rng = np.random.Generator
 
 
 def _softmax_points(rng: Rng) -> Sequence[Point]:
@@ -23,11 +21,6 @@ def _softmax_points(rng: Rng) -> Sequence[Point]:
 def _softmax_backward_points(rng: Rng) -> Sequence[Point]:
     weights = [attention.softmax(point["scores"]) for point in _softmax_points(rng)]
     return [{"dweights": rng.normal(size=each.shape), "weights": each} for each in weights]
-
-
-def _mean(x: Array) -> Array:
-    mean: Array = x.mean(axis=-1, keepdims=True)
-    return mean
 
 
 def _softmax_less(largest: Any) -> Any:
@@ -48,8 +41,7 @@ def _softmax_over(axis: int) -> Any:
 
 
 def _log_softmax(scores: Array) -> Array:
-    shifted = scores - scores.max(axis=-1, keepdims=True)
-    logarithms: Array = shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+    logarithms: Array = np.log(attention.softmax(scores))
     return logarithms
 
 
@@ -57,6 +49,26 @@ def _backward_over(axis: int) -> Any:
     return lambda dweights, weights: (
         weights * (dweights - (weights * dweights).sum(axis=axis, keepdims=True))
     )
+
+
+def _plain_mean(dweights: Array, weights: Array) -> Any:
+    return weights * (dweights - row_mean(dweights))
+
+
+def _mean_of_products(dweights: Array, weights: Array) -> Any:
+    return weights * (dweights - row_mean(weights * dweights))
+
+
+def _mean_added(dweights: Array, weights: Array) -> Any:
+    return weights * (dweights + (weights * dweights).sum(axis=-1, keepdims=True))
+
+
+def _without_weights(dweights: Array, weights: Array) -> Any:
+    return dweights - (weights * dweights).sum(axis=-1, keepdims=True)
+
+
+def _diagonal(dweights: Array, weights: Array) -> Any:
+    return weights * (1 - weights) * dweights
 
 
 def _sums_over_all(scores: Array) -> Array:
@@ -100,9 +112,7 @@ SOFTMAX = Exercise(
             _softmax_backward_points,
             {"dscores": "ds_i = Σ_j da_j ∂a_j/∂s_i with ∂a_j/∂s_i = a_j ([i = j] - a_i)"},
             {
-                "the plain mean of da is taken off instead of its mean under a": (
-                    lambda dweights, weights: weights * (dweights - _mean(dweights))
-                ),
+                "the plain mean of da is taken off instead of its mean under a": (_plain_mean),
                 "the plain sum of da is taken off instead of the sum of a ⊙ da": (
                     lambda dweights, weights: (
                         weights * (dweights - dweights.sum(axis=-1, keepdims=True))
@@ -111,9 +121,7 @@ SOFTMAX = Exercise(
                 "a_i² Σ da stands where a_i Σ a da belongs": lambda dweights, weights: (
                     weights * (dweights - weights * dweights.sum(axis=-1, keepdims=True))
                 ),
-                "the mean of a ⊙ da is taken off, where its sum belongs": (
-                    lambda dweights, weights: weights * (dweights - _mean(weights * dweights))
-                ),
+                "the mean of a ⊙ da is taken off, where its sum belongs": (_mean_of_products),
                 "Σ a da is over axis 0, another axis than the last": _backward_over(0),
                 "Σ a da is over axis 1, another axis than the last as soon as there are three": (
                     _backward_over(1)
@@ -123,17 +131,11 @@ SOFTMAX = Exercise(
                         dweights, attention.softmax(weights)
                     )
                 ),
-                "the factor a_i before the bracket is missing": lambda dweights, weights: (
-                    dweights - (weights * dweights).sum(axis=-1, keepdims=True)
-                ),
+                "the factor a_i before the bracket is missing": _without_weights,
                 "the diagonal of the Jacobian alone, da a (1 - a): each a_j depends on all s_i": (
-                    lambda dweights, weights: dweights * weights * (1 - weights)
+                    _diagonal
                 ),
-                "the sign of the mean is wrong: it is taken off, not added": (
-                    lambda dweights, weights: (
-                        weights * (dweights + (weights * dweights).sum(axis=-1, keepdims=True))
-                    )
-                ),
+                "the sign of the mean is wrong: it is taken off, not added": (_mean_added),
             },
         ),
     ),
@@ -181,14 +183,6 @@ def _softmax_step(step: Any) -> Any:
         return dscores @ key, dscores.mT @ query, weights.mT @ dcontext
 
     return backward
-
-
-def _attend_backward_points(rng: Rng) -> Sequence[Point]:
-    points = []
-    for point in _attend_points(rng):
-        context, cache = attention.attend(**point)
-        points.append({"dcontext": rng.normal(size=context.shape), "cache": cache})
-    return points
 
 
 def _backward_with(change: Any) -> Any:
@@ -243,7 +237,7 @@ ATTENTION = Exercise(
             "attend_backward",
             attention.attend_backward,
             ("dquery", "dkey", "dvalue"),
-            _attend_backward_points,
+            after_forward(attention.attend, _attend_points, "dcontext"),
             {
                 "dquery dkey": "both come from dS, and dV does not: dA = dC Vᵀ, or softmax's step",
                 "dquery": "dQ = dS K/√d",
@@ -255,34 +249,22 @@ ATTENTION = Exercise(
                     lambda dcontext, cache, dscores: {"dvalue": cache["weights"] @ dcontext}
                 ),
                 "dS is A ⊙ (1 - A) ⊙ dA, the diagonal of the Jacobian alone: each weight of a row "
-                "depends on all its scores": _softmax_step(
-                    lambda dweights, weights: weights * (1 - weights) * dweights
-                ),
-                "dS lacks the factor A before the bracket": _softmax_step(
-                    lambda dweights, weights: (
-                        dweights - (weights * dweights).sum(axis=-1, keepdims=True)
-                    )
-                ),
+                "depends on all its scores": _softmax_step(_diagonal),
+                "dS lacks the factor A before the bracket": _softmax_step(_without_weights),
                 "in dS the plain mean of dA is taken off instead of its mean under A": (
-                    _softmax_step(lambda dweights, weights: weights * (dweights - _mean(dweights)))
+                    _softmax_step(_plain_mean)
                 ),
                 "in dS the mean of dA under A is added, where it is to be taken off": _softmax_step(
-                    lambda dweights, weights: (
-                        weights * (dweights + (weights * dweights).sum(axis=-1, keepdims=True))
-                    )
+                    _mean_added
                 ),
                 "in dS the sum Σ A dA is over the queries; it belongs to the keys, axis -1": (
-                    _softmax_step(
-                        lambda dweights, weights: (
-                            weights * (dweights - (weights * dweights).sum(axis=-2, keepdims=True))
-                        )
-                    )
+                    _softmax_step(_backward_over(-2))
                 ),
                 "softmax is passed over on the way back: dS = dA": _softmax_step(
                     lambda dweights, weights: dweights
                 ),
                 "dS = A ⊙ (dA - mean(A ⊙ dA)): the sum stands there, not the mean": _softmax_step(
-                    lambda dweights, weights: weights * (dweights - _mean(weights * dweights))
+                    _mean_of_products
                 ),
                 "dQ lacks the factor 1/√d": _backward_with(
                     lambda dcontext, cache, dscores: {
@@ -323,14 +305,6 @@ def _heads_points(rng: Rng) -> Sequence[Point]:
         }
         for batch, length, features, heads in ((1, 3, 4, 2), (2, 4, 6, 3))
     ]
-
-
-def _heads_backward_points(rng: Rng) -> Sequence[Point]:
-    points = []
-    for point in _heads_points(rng):
-        y, cache = attention.forward(**point)
-        points.append({"params": point["params"], "dy": rng.normal(size=y.shape), "cache": cache})
-    return points
 
 
 _NAMES = ("query", "key", "value")
@@ -436,7 +410,7 @@ HEADS = Exercise(
             "backward",
             attention.backward,
             ("dx", "grads"),
-            _heads_backward_points,
+            after_forward(attention.forward, _heads_points),
             {"dx": "x feeds three projections: their gradients add"},
             {
                 "dx is that through the queries alone: keys and values depend on x too": (

@@ -3,26 +3,15 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from marref.layers import attention, block, dropout, feed_forward, layer_norm
-from marref.teach.exercise import Exercise, Part, Point, drawn
+from marref.teach.exercise import Exercise, Part, Point, Rng, after_forward, drawn
 from marref.trees import Array, Tree
-
-Rng = np.random.Generator
 
 
 def _dropout_points(rng: Rng) -> Sequence[Point]:
     return [
         {"x": rng.normal(size=shape), "keep": rng.random(shape) >= rate, "rate": rate}
         for shape, rate in (((3, 4), 0.3), ((2, 3, 5), 0.6))
-    ]
-
-
-def _dropout_backward_points(rng: Rng) -> Sequence[Point]:
-    return [
-        {"dy": rng.normal(size=point["x"].shape), "cache": dropout.forward(**point)[1]}
-        for point in _dropout_points(rng)
     ]
 
 
@@ -75,7 +64,7 @@ DROPOUT = Exercise(
             "backward",
             dropout.backward,
             ("dx",),
-            _dropout_backward_points,
+            after_forward(dropout.forward, _dropout_points),
             {"dx": "∂y_i/∂x_i = m_i"},
             {
                 "dx = dy: the gradient of what is dropped is 0": lambda dy, cache: dy,
@@ -115,14 +104,6 @@ def _block_points(rng: Rng) -> Sequence[Point]:
                 "dropout_rate": 0.3,
             }
         )
-    return points
-
-
-def _block_backward_points(rng: Rng) -> Sequence[Point]:
-    points = []
-    for point in _block_points(rng):
-        y, cache = block.forward(**point)
-        points.append({"params": point["params"], "dy": rng.normal(size=y.shape), "cache": cache})
     return points
 
 
@@ -252,7 +233,7 @@ BLOCK = Exercise(
             "backward",
             block.backward,
             ("dx", "grads"),
-            _block_backward_points,
+            after_forward(block.forward, _block_points),
             {"dx": "at x + f(x) the gradient goes both ways, and there are two such sums"},
             {
                 "dropout is passed over on the way back: its mask belongs to each branch": (

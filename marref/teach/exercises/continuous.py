@@ -6,10 +6,8 @@ from typing import Any
 import numpy as np
 
 from marref.continuous import diffusion
-from marref.teach.exercise import Exercise, Part, Point
+from marref.teach.exercise import Exercise, Part, Point, Rng
 from marref.trees import Array, Tree
-
-Rng = np.random.Generator
 
 
 def _points(rng: Rng) -> Sequence[Point]:

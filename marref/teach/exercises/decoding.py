@@ -8,10 +8,8 @@ import numpy as np
 
 from marref import decoding, schedules
 from marref.decoding import ordering
-from marref.teach.exercise import Exercise, Part, Point
+from marref.teach.exercise import Exercise, Part, Point, Rng
 from marref.trees import Array
-
-Rng = np.random.Generator
 
 
 def _counts_points(rng: Rng) -> Sequence[Point]:

@@ -7,10 +7,8 @@ import numpy as np
 
 from marref import positions
 from marref.layers import embedding
-from marref.teach.exercise import Exercise, Part, Point
+from marref.teach.exercise import Exercise, Part, Point, Rng
 from marref.trees import Array, Tree
-
-Rng = np.random.Generator
 
 
 def _embedding_points(rng: Rng) -> Sequence[Point]:

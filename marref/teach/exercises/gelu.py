@@ -8,10 +8,8 @@ import numpy as np
 from scipy.special import ndtr
 
 from marref.layers import gelu
-from marref.teach.exercise import Exercise, Part, Point
+from marref.teach.exercise import Exercise, Part, Point, Rng, after_forward
 from marref.trees import Array
-
-Rng = np.random.Generator
 
 
 def _gelu_points(rng: Rng) -> Sequence[Point]:
@@ -89,14 +87,6 @@ def _slope_without_x(x: Array, gelu: str) -> Any:
 _reference_gelu, _reference_gate = gelu.forward, gelu.gate
 
 
-def _gelu_backward_points(rng: Rng) -> Sequence[Point]:
-    points = []
-    for point in _gelu_points(rng):
-        y, cache = gelu.forward(**point)
-        points.append({"dy": rng.normal(size=y.shape), "cache": cache})
-    return points
-
-
 GELU = Exercise(
     "gelu",
     "GELU, exact and approximate, and its slope",
@@ -138,7 +128,7 @@ GELU = Exercise(
             "backward",
             gelu.backward,
             ("dx",),
-            _gelu_backward_points,
+            after_forward(gelu.forward, _gelu_points),
             {"dx": "dx = dy ⊙ y′, entry by entry"},
             {
                 "dy is not used: dx is the slope alone": lambda dy, cache: cache["slope"],

@@ -6,10 +6,8 @@ from typing import Any
 import numpy as np
 
 from marref.layers import layer_norm
-from marref.teach.exercise import Exercise, Part, Point, drawn
+from marref.teach.exercise import Exercise, Part, Point, Rng, after_forward, drawn, row_mean
 from marref.trees import Array, Tree
-
-Rng = np.random.Generator
 
 
 def _norm_points(rng: Rng) -> Sequence[Point]:
@@ -135,14 +133,6 @@ LAYER_NORM = Exercise(
 )
 
 
-def _norm_backward_points(rng: Rng) -> Sequence[Point]:
-    points = []
-    for point in _norm_points(rng):
-        y, cache = layer_norm.forward(**point)
-        points.append({"params": point["params"], "dy": rng.normal(size=y.shape), "cache": cache})
-    return points
-
-
 def _norm_backward_with(terms: Any) -> Any:
     def backward(params: Tree, dy: Array, cache: Tree) -> Any:
         dnormalised, normalised = params["scale"] * dy, cache["normalised"]
@@ -152,23 +142,18 @@ def _norm_backward_with(terms: Any) -> Any:
     return backward
 
 
-def _mean(x: Array) -> Array:
-    mean: Array = x.mean(axis=-1, keepdims=True)
-    return mean
-
-
 def _norm_backward_by_variance(params: Tree, dy: Array, cache: Tree) -> Any:
     """Compute dx as by the gradient of σ², with x̂ taken for x - μ."""
     dnormalised, s = params["scale"] * dy, cache["inverse_std"]
-    third = s**2 * cache["normalised"] * _mean(dnormalised * cache["normalised"])
-    dx = s * (dnormalised - _mean(dnormalised) - third)
+    third = s**2 * cache["normalised"] * row_mean(dnormalised * cache["normalised"])
+    dx = s * (dnormalised - row_mean(dnormalised) - third)
     return dx, layer_norm.backward(params, dy, cache)[1]
 
 
 def _norm_backward_unscaled_means(params: Tree, dy: Array, cache: Tree) -> Any:
     normalised = cache["normalised"]
     dx = cache["inverse_std"] * (
-        params["scale"] * dy - _mean(dy) - normalised * _mean(dy * normalised)
+        params["scale"] * dy - row_mean(dy) - normalised * row_mean(dy * normalised)
     )
     return dx, layer_norm.backward(params, dy, cache)[1]
 
@@ -212,7 +197,7 @@ LAYER_NORM_BACKWARD = Exercise(
             "backward",
             layer_norm.backward,
             ("dx", "grads"),
-            _norm_backward_points,
+            after_forward(layer_norm.forward, _norm_points),
             {
                 "dx": "x_i acts on x̂_j in three ways: directly, through μ, and through s",
                 "grads.scale": "dγ = Σ_positions dy ⊙ x̂",
@@ -228,7 +213,7 @@ LAYER_NORM_BACKWARD = Exercise(
                 ),
                 "the 1/n before the bracket is missing: n dx̂ - Σ dx̂ - x̂ Σ dx̂ ⊙ x̂ is n times "
                 "the bracket": _norm_backward_with(
-                    lambda dn, n: n.shape[-1] * (dn - _mean(dn) - n * _mean(dn * n))
+                    lambda dn, n: n.shape[-1] * (dn - row_mean(dn) - n * row_mean(dn * n))
                 ),
                 "the means are taken over axis 0, where those over the features belong": (
                     _norm_backward_with(
@@ -244,24 +229,24 @@ LAYER_NORM_BACKWARD = Exercise(
                 "x̂ stands for x - μ in the gradient of the variance: with x - μ = x̂/s, the third "
                 "term loses a factor s²": _norm_backward_by_variance,
                 "the second term has the wrong sign: + mean(dx̂)": _norm_backward_with(
-                    lambda dn, n: dn + _mean(dn) - n * _mean(dn * n)
+                    lambda dn, n: dn + row_mean(dn) - n * row_mean(dn * n)
                 ),
                 "the second term lacks its 1/n: Σ dx̂ stands where the mean belongs": (
                     _norm_backward_with(
-                        lambda dn, n: dn - dn.sum(axis=-1, keepdims=True) - n * _mean(dn * n)
+                        lambda dn, n: dn - dn.sum(axis=-1, keepdims=True) - n * row_mean(dn * n)
                     )
                 ),
                 "the third term lacks its 1/n: Σ dx̂ ⊙ x̂ stands where the mean belongs": (
                     _norm_backward_with(
-                        lambda dn, n: dn - _mean(dn) - n * (dn * n).sum(axis=-1, keepdims=True)
+                        lambda dn, n: dn - row_mean(dn) - n * (dn * n).sum(axis=-1, keepdims=True)
                     )
                 ),
                 "γ multiplies twice: it is in dx̂ = γ ⊙ dy already": _norm_backward_scaled_twice,
                 "the third term has the wrong sign: + x̂ mean(dx̂ ⊙ x̂)": _norm_backward_with(
-                    lambda dn, n: dn - _mean(dn) + n * _mean(dn * n)
+                    lambda dn, n: dn - row_mean(dn) + n * row_mean(dn * n)
                 ),
                 "the third term lacks its factor x̂: mean(dx̂ ⊙ x̂) alone": _norm_backward_with(
-                    lambda dn, n: dn - _mean(dn) - _mean(dn * n)
+                    lambda dn, n: dn - row_mean(dn) - row_mean(dn * n)
                 ),
                 "the factor s = 1/√(σ² + ε) before the bracket is missing": (
                     _norm_backward_without_std

@@ -6,10 +6,8 @@ from typing import Any
 import numpy as np
 
 from marref.layers import linear
-from marref.teach.exercise import Exercise, Part, Point, drawn
+from marref.teach.exercise import Exercise, Part, Point, Rng, after_forward, drawn
 from marref.trees import Array, Tree
-
-Rng = np.random.Generator
 
 
 def _linear_points(rng: Rng) -> Sequence[Point]:
@@ -17,14 +15,6 @@ def _linear_points(rng: Rng) -> Sequence[Point]:
         {"params": drawn(linear.init(rng, *sizes, 1.0), rng), "x": rng.normal(size=shape)}
         for sizes, shape in (((4, 4), (3, 4)), ((3, 5), (2, 4, 3)))
     ]
-
-
-def _linear_backward_points(rng: Rng) -> Sequence[Point]:
-    points = []
-    for point in _linear_points(rng):
-        y, cache = linear.forward(**point)
-        points.append({"params": point["params"], "dy": rng.normal(size=y.shape), "cache": cache})
-    return points
 
 
 def _averaged(over: Any) -> Any:
@@ -63,7 +53,7 @@ LINEAR = Exercise(
             "backward",
             linear.backward,
             ("dx", "grads"),
-            _linear_backward_points,
+            after_forward(linear.forward, _linear_points),
             {
                 "dx": "dx_i = Σ_j dy_j W_ij",
                 "grads.kernel": "dW_ij = Σ_rows x_i dy_j",

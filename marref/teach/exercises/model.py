@@ -7,11 +7,8 @@ import numpy as np
 
 from marref import model
 from marref.layers import block, dropout, embedding, linear
-from marref.teach.exercise import Exercise, Part, Point, drawn
+from marref.teach.exercise import Exercise, Part, Point, Rng, drawn
 from marref.trees import Array, Tree
-
-Rng = np.random.Generator
-
 
 _MODEL = model.MAR(
     vocab_size=7, embed_dim=4, num_layers=2, num_heads=2, seq_len=5, dropout=0.3, gelu="tanh"

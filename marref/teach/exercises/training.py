@@ -8,10 +8,8 @@ from typing import Any
 import numpy as np
 
 from marref import loss, masking, optim
-from marref.teach.exercise import Exercise, Part, Point
+from marref.teach.exercise import Exercise, Part, Point, Rng
 from marref.trees import Array, Tree
-
-Rng = np.random.Generator
 
 
 def _loss_points(rng: Rng) -> Sequence[Point]:
