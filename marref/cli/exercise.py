@@ -58,15 +58,6 @@ def _add(actions: Any, name: str, run: Any, summary: str) -> Any:
     return action
 
 
-def _named(name: str) -> Any:
-    from marref import checks
-    from marref.teach.exercises import EXERCISES
-
-    if name not in EXERCISES:
-        raise ValueError(f"exercise {checks.unknown_name(name, EXERCISES)}")
-    return EXERCISES[name]
-
-
 def _list(parsed: argparse.Namespace) -> int:
     from marref.teach.exercises import EXERCISES
 
@@ -77,7 +68,9 @@ def _list(parsed: argparse.Namespace) -> int:
 
 
 def _start(parsed: argparse.Namespace) -> int:
-    exercise = _named(parsed.name)
+    from marref.teach.exercises import by_name
+
+    exercise = by_name(parsed.name)
     path = parsed.out or Path(exercise.file_name)
     try:
         with path.open("x", encoding="utf-8") as file:
@@ -90,7 +83,9 @@ def _start(parsed: argparse.Namespace) -> int:
 
 
 def _hint(parsed: argparse.Namespace) -> int:
-    print(_named(parsed.name).hints[parsed.stage - 1])
+    from marref.teach.exercises import by_name
+
+    print(by_name(parsed.name).hints[parsed.stage - 1])
     return 0
 
 
@@ -109,5 +104,7 @@ def _check(parsed: argparse.Namespace) -> int:
 
 
 def _solution(parsed: argparse.Namespace) -> int:
-    print(_named(parsed.name).solution())
+    from marref.teach.exercises import by_name
+
+    print(by_name(parsed.name).solution())
     return 0

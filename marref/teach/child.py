@@ -1,8 +1,8 @@
 """Runs a learner's file: ``python -m marref.teach.child EXERCISE FILE OUT LIMIT``.
 
-The process knows the arguments and not the answers.  OUT, a folder, gets `report.json`, one entry
-for each call, and `outputs.npz`.  After LIMIT seconds the process ends, and `stopped.txt` says
-where it was.  What the file prints goes to the output of this process.
+The process knows the arguments and not the answers.  OUT, a folder, gets `report.json`, and for
+each function that could be called a file of what it returned.  After LIMIT seconds the process
+ends, and `stopped.txt` says where it was.  What the file prints goes to the output of this process.
 """
 
 import copy
@@ -37,7 +37,8 @@ def main(exercise: str, file: str, out: str) -> None:
         module = _loaded(file)
     except BaseException as error:
         report["error"] = _said(error, file)
-        return write()
+        write()
+        return
     for part in EXERCISES[exercise].parts:
         report["running"] = part.name
         write()
@@ -51,7 +52,7 @@ def main(exercise: str, file: str, out: str) -> None:
         }
         files.save(folder / f"{part.name}.npz", outputs, {}, compressed=False)
     report["running"] = None
-    return write()
+    write()
 
 
 class WrongCall(Exception):

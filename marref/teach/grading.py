@@ -13,14 +13,11 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from marref import checks, files
+from marref import files
 from marref.teach.exercise import Exercise, Part
-from marref.teach.exercises import EXERCISES
+from marref.teach.exercises import by_name
 from marref.trees import Array
 from marref.verify import layers
-
-TIME_LIMIT = 10.0
-"""Seconds, in which right solutions need less than one."""
 
 _NAMED = re.compile(r"marref exercise ([\w-]+)")
 
@@ -78,17 +75,16 @@ def exercise_of(file: Path, name: str | None = None) -> Exercise:
     """
     if not file.is_file():
         raise FileNotFoundError(f"{file}: no such file")
-    if name is None:
-        text = file.read_bytes()[:1000].decode("utf-8", "replace")
-        found = _NAMED.search(text)
-        name = found[1] if found else file.stem.replace("_", "-")
-        if name not in EXERCISES:
-            unknown = checks.unknown_name(name, EXERCISES)
-            raise ValueError(f"{file}: exercise {unknown}; --exercise NAME says which it is")
-    return EXERCISES[checks.choice("exercise", name, EXERCISES)]
+    if name is not None:
+        return by_name(name)
+    found = _NAMED.search(file.read_bytes()[:1000].decode("utf-8", "replace"))
+    try:
+        return by_name(found[1] if found else file.stem.replace("_", "-"))
+    except ValueError as unknown:
+        raise ValueError(f"{file}: {unknown}; --exercise NAME says which it is") from None
 
 
-def grade(file: Path, exercise: Exercise, time_limit: float = TIME_LIMIT) -> Grade:
+def grade(file: Path, exercise: Exercise, time_limit: float) -> Grade:
     """Grade a learner's file.
 
     The file runs in a process of its own, which ends after a time limit.  This guards against
@@ -99,7 +95,7 @@ def grade(file: Path, exercise: Exercise, time_limit: float = TIME_LIMIT) -> Gra
     file : Path
     exercise : Exercise
     time_limit : float
-        In seconds, for all functions together.
+        In seconds, for all functions together; right solutions need less than one.
 
     Returns
     -------

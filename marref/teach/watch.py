@@ -183,9 +183,7 @@ def packed(model: MAR, params: Tree) -> dict[str, Any]:
 def _codec(codec: Codec, ink: bool) -> dict[str, Any]:
     """Tell what the page needs of a codec: how each token is shown, and the shape of a picture."""
     if isinstance(codec, Pixels):
-        # Halves up, as the codec does.
-        values = np.floor(np.arange(codec.levels) * 255 / (codec.levels - 1) + 0.5).astype(int)
-        greys = (255 - values if ink else values).tolist()
+        greys = (255 - codec.values if ink else codec.values).tolist()
         size = {"height": codec.height, "width": codec.width, "channels": codec.channels}
         return {"kind": codec.kind, **size, "greys": greys}
     if isinstance(codec, Tokenizer):

@@ -139,11 +139,12 @@ def diagnose_layer(
     >>> found.findings[0].mistakes
     ('attention-gradient-unscaled',)
     """
-    points = [inputs]
+    expected, given = (named(each, names) for each in (reference(**inputs), outputs))
+    check_fit(given, expected)
     return diagnose_points(
-        [named(reference(**inputs), names)],
-        [named(outputs, names)],
-        lambda: candidates(reference, points, names, mistakes or {}),
+        [expected],
+        [given],
+        lambda: candidates(reference, [inputs], names, mistakes or {}),
         tolerance,
     )
 
@@ -159,7 +160,7 @@ def diagnose_points(
     Parameters
     ----------
     expected, given : sequences of dict of str to array
-        What each call should return and returned, as `named` names it.
+        What each call should return and returned, as `named` names it and `check_fit` lets pass.
     known : callable
         Returns the `candidates`; asked only where something is wrong.
     tolerance : float
@@ -168,14 +169,7 @@ def diagnose_points(
     Returns
     -------
     LayerDiagnosis
-
-    Raises
-    ------
-    ValueError
-        As `diagnose_layer`.
     """
-    for arrays, right in zip(given, expected, strict=True):
-        check_fit(arrays, right)
     errors = {
         name: max(map(error, (each[name] for each in given), (each[name] for each in expected)))
         for name in expected[0]

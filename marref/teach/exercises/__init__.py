@@ -1,5 +1,6 @@
 """The exercises, by name, in the order of the pages."""
 
+from marref import checks
 from marref.teach.exercise import Exercise
 from marref.teach.exercises import (
     attention,
@@ -38,3 +39,10 @@ EXERCISES: dict[str, Exercise] = {
         continuous.DIFFUSION_LOSS,
     )
 }
+
+
+def by_name(name: str) -> Exercise:
+    """Give an exercise, or raise ValueError with the nearest names."""
+    if name not in EXERCISES:
+        raise ValueError(f"exercise {checks.unknown_name(name, EXERCISES)}")
+    return EXERCISES[name]

@@ -104,11 +104,6 @@ function call_of({ rule, draws, label, guidance_scale }) {
 
 // Decoding
 
-function restart(tokens) {
-  page.history = [start(tokens, settings().rule)];
-  show_at(0);
-}
-
 // The settings have changed: decode again from the same start, as far as now.
 function decode_again() {
   show_settings();
@@ -180,7 +175,7 @@ function last_step() {
 function edit(changes) {
   const tokens = [...shown_state().tokens];
   for (const [p, token] of changes) tokens[p] = token;
-  restart(tokens);
+  start_from(tokens);
 }
 
 // What tokens look like
@@ -597,10 +592,10 @@ function focus_selected() {
 // Start from other tokens, as many as there are.
 function start_from(tokens) {
   page.selected = Math.min(page.selected, tokens.length - 1);
-  const is_longer = tokens.length !== shown_state()?.tokens.length;
+  const has_other_length = tokens.length !== shown_state()?.tokens.length;
   page.history = [start(tokens, settings().rule)];
   page.step = 0;
-  if (is_longer) make_grids();
+  if (has_other_length) make_grids();
   show_at(0);
 }
 
