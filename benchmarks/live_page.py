@@ -6,11 +6,15 @@ Prints the medians of nine loads, and of nine steps of a fresh page.  Needs the 
 chromium on the path.
 """
 
+import contextlib
 import shutil
 import statistics
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 ROUNDS = 9
 FIRST_PAINT = "performance.getEntriesByType('paint')[0].startTime"
 ONE_STEP = """() => {
@@ -21,15 +25,21 @@ ONE_STEP = """() => {
 }"""
 
 
-def main(path: str) -> None:
-    """Open the page some times, and step."""
+@contextlib.contextmanager
+def chromium() -> Iterator[Any]:
+    """Start the browser, without a window, until the context ends."""
     from playwright.sync_api import sync_playwright
 
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(
-            executable_path=shutil.which("chromium"), args=["--no-sandbox"]
-        )
-        paints, steps = [], []
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def main(path: str) -> None:
+    """Open the page some times, and step."""
+    paints, steps = [], []
+    with chromium() as browser:
         for _ in range(ROUNDS):
             page = browser.new_page()
             page.goto(Path(path).resolve().as_uri())
@@ -37,7 +47,6 @@ def main(path: str) -> None:
             paints.append(page.evaluate(FIRST_PAINT))
             steps.append(page.evaluate(ONE_STEP))
             page.close()
-        browser.close()
     print(
         f"first paint {statistics.median(paints):.0f} ms, a step {statistics.median(steps):.0f} ms"
     )

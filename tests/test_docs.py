@@ -113,11 +113,16 @@ def test_the_sections_that_a_page_links_to_are_there(path):
             assert section in anchors_of(linked), target
 
 
+@pytest.fixture(scope="module")
+def sources():
+    return runpy.run_path(str(ROOT / "docs" / "tools" / "sources.py"))
+
+
 @pytest.mark.parametrize("path", DOCS, ids=name_of)
-def test_the_code_of_a_page_is_that_of_the_package(path):
+def test_the_code_of_a_page_is_that_of_the_package(path, sources):
     text = path.read_text("utf-8")
     # Else: python docs/tools/sources.py
-    assert runpy.run_path(str(ROOT / "docs" / "tools" / "sources.py"))["updated"](text) == text
+    assert sources["updated"](text) == text
 
 
 @pytest.fixture(scope="module")

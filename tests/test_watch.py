@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import marref
+from benchmarks import live_page
 from marref import cli, data, decoding, demo, files, loss, schedules, trees
 from marref.cli import prompts
 from marref.decoding import grid
@@ -27,7 +28,6 @@ from tests.test_data import word_tokenizer
 from tests.test_runs import without_pictures
 
 NODE = shutil.which("node")
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 HARNESS = Path(__file__).with_name("watch_in_node.js")
 DEFAULTS = {
     "temperature": 1.0,
@@ -370,13 +370,11 @@ def test_a_picture_is_drawn_in_the_greys_of_its_levels_or_as_ink(demo_model):
 
 @pytest.fixture(scope="module")
 def browser():
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs the extra browser")
-    if CHROMIUM is None:
+    pytest.importorskip("playwright.sync_api", reason="needs the extra browser")
+    if live_page.CHROMIUM is None:
         pytest.skip("needs chromium, the browser")
-    with playwright.sync_playwright() as started:
-        opened = started.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
+    with live_page.chromium() as started:
+        yield started
 
 
 @pytest.fixture

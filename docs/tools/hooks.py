@@ -101,7 +101,8 @@ def references(module: Path) -> dict[str, str]:
 
 
 def on_config(config: MkDocsConfig) -> None:
-    """Add the reference to the navigation."""
+    """Add the reference to the navigation; find out once which pages have a notebook."""
+    config.extra["notebooks"] = notebooks.pages()
     assert config.nav is not None
     config.nav.append({"Reference": [navigation(PACKAGE)]})
 
@@ -113,13 +114,13 @@ def on_files(files: Files, config: MkDocsConfig) -> None:
         files.append(File.generated(config, uri, content=content))
 
 
-def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **_: object) -> str:
     """Take what code hosts and this site say in different ways."""
     uri = page.file.src_uri
     if uri.startswith("api/") or shown_file(uri).suffix != ".md":
         return markdown
     path = shown_file(uri)
-    if path in notebooks.pages():
+    if path in config.extra["notebooks"]:
         page.meta["notebook"] = f"notebooks/{path.stem}.ipynb"
 
     def site_link(link: re.Match[str]) -> str:

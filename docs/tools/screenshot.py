@@ -5,21 +5,17 @@
 Needs the extra browser, and a chromium on the path.
 """
 
-import shutil
 import sys
 from pathlib import Path
 
-from benchmarks import pictures
+from benchmarks import live_page, pictures
 
 PICTURE = Path(__file__).parents[1] / "watch.png"
 
 
 def main(page_of_the_demo: str) -> None:
     """Mask half of a real three, take four steps, look at a blank."""
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=shutil.which("chromium"))
+    with live_page.chromium() as browser:
         page = browser.new_page(viewport={"width": 1220, "height": 710})
         page.goto(Path(page_of_the_demo).resolve().as_uri())
         page.get_by_label("An example").select_option("a real 3")
@@ -30,7 +26,6 @@ def main(page_of_the_demo: str) -> None:
         page.locator("#grid .cell").nth(44).click()
         page.evaluate("scrollTo(0, 0)")
         page.screenshot(path=PICTURE)
-        browser.close()
     pictures.stamp(PICTURE, f"python docs/tools/screenshot.py {page_of_the_demo}")
 
 

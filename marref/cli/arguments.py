@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from marref import checks
@@ -123,6 +124,12 @@ def _at_least(text: str, minimum: int) -> int:
     if value < minimum:
         raise argparse.ArgumentTypeError(f"received {text}, expected an integer >= {minimum}")
     return value
+
+
+def check_folder(option: str, path: Path) -> None:
+    """Raise ValueError unless the folder of a file to be written exists."""
+    if not path.parent.is_dir():
+        raise ValueError(f"{option}: received {path}, whose folder does not exist")
 
 
 def add_processes(command: argparse.ArgumentParser) -> None:

@@ -203,8 +203,7 @@ def _check_gif(gif: Path | None, codec: Codec) -> None:
 
 def _check_name(option: str, path: Path, suffixes: tuple[str, ...]) -> None:
     checks.choice(f"{option}: suffix", path.suffix, suffixes)
-    if not path.parent.is_dir():
-        raise ValueError(f"{option}: received {path}, whose folder does not exist")
+    arguments.check_folder(option, path)
 
 
 def _write(stages: Array, codec: Codec, parsed: argparse.Namespace) -> None:

@@ -35,8 +35,7 @@ def add(commands: Any) -> None:
 def _run(parsed: argparse.Namespace) -> int:
     from marref.teach import watch
 
-    if not parsed.out.parent.is_dir():
-        raise ValueError(f"--out: received {parsed.out}, whose folder does not exist")
+    arguments.check_folder("--out", parsed.out)
     watched = watch.of_path(parsed.path)
     size = watch.write(parsed.out, watched)
     print(f"Wrote {parsed.out}, {watched.title}, {size / 1e6:.1f} MB; open it in a browser.")

@@ -309,6 +309,13 @@ class Pixels(Codec):
         """Of an image: [height, width], or [height, width, 3]."""
         return (self.height, self.width, 3)[: 2 if self.channels == 1 else 3]
 
+    @property
+    def values(self) -> Array:
+        """How each level is shown, from 0 to 255."""
+        intervals = self.levels - 1
+        values: Array = (2 * 255 * np.arange(self.levels) + intervals) // (2 * intervals)
+        return values
+
     def ids(self, content: npt.ArrayLike) -> Array:
         """Quantise images, uint8 [..., height, width] or [..., height, width, 3]."""
         images = checks.array("images", content)
@@ -322,9 +329,7 @@ class Pixels(Codec):
     def _decoded(self, tokens: Array) -> npt.NDArray[np.uint8]:
         if tokens.shape[-1] != self.length:
             raise ValueError(f"tokens: shape {list(tokens.shape)}, expected [..., {self.length}]")
-        intervals = self.levels - 1
-        values = (2 * 255 * np.arange(self.levels) + intervals) // (2 * intervals)
-        table = np.array([GREY_OF_MASK, *values], np.uint8)
+        table = np.array([GREY_OF_MASK, *self.values], np.uint8)
         return table[tokens].reshape(*tokens.shape[:-1], *self.shape)
 
     @property
