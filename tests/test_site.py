@@ -145,7 +145,7 @@ def test_the_notebook_of_a_page_runs_from_top_to_bottom(notebooks, tmp_path, mon
 
 def test_the_same_pages_give_the_same_notebooks_one_a_page(notebooks, tmp_path):
     for folder in ("one", "two"):
-        notebooks.write(tmp_path / folder)
+        notebooks.write(tmp_path / folder, notebooks.pages())
     written = sorted((tmp_path / "one").iterdir())
     assert {path.stem for path in written} == {path.stem for path in PAGES}
     for path in written:

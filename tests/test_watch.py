@@ -300,8 +300,10 @@ def test_watch_writes_a_page_that_needs_no_other_file(text_run, tmp_path, capsys
     assert capsys.readouterr().out == (f"Wrote {out}, run, step 3, 0.1 MB; open it in a browser.\n")
     html = out.read_text("utf-8")
     assert re.findall(r'<script src|<link rel="stylesheet"|https?://|@import|fetch\(', html) == []
-    assert len(re.findall("</script>", html)) == 1 + len(watch.SCRIPTS)
-    for name in (*watch.SCRIPTS, "style.css"):
+    scripts = re.findall(r'<script src="(.*?)"', (watch.PAGE / "decode.html").read_text("utf-8"))
+    assert scripts == ["mar.js", "decoder.js", "app.js"]
+    assert len(re.findall("</script>", html)) == 1 + len(scripts)
+    for name in (*scripts, "style.css"):
         assert (watch.PAGE / name).read_text("utf-8") in html
 
 
@@ -658,3 +660,31 @@ def test_of_a_text_run_blanks_are_typed_and_filled(opened, text_run, tmp_path):
     expected[6:8] = codec.encode("o")[0], 0
     assert page.evaluate("page.history[0].tokens") == expected.tolist()
     page.get_by_text("Nothing is masked").wait_for()
+
+
+def test_halton_is_offered_for_a_square_number_of_tokens_only(opened, text_run, tmp_path):
+    cli.main(["watch", str(text_run), "--out", str(tmp_path / "text.html")])
+    page = opened(tmp_path / "text.html")
+    halton = page.locator("#rule [value=halton]")
+    assert halton.get_attribute("hidden") is not None  # of 20 tokens
+    for text, rule in (("_" * 16, "halton"), ("_" * 10, "confidence")):
+        page.get_by_label("Text, with _").fill(text)
+        page.get_by_role("button", name="Start from this text").click()
+        if rule == "halton":
+            page.get_by_label("Rule").select_option("halton")
+        assert (halton.get_attribute("hidden") is None) == (rule == "halton")
+        assert page.get_by_label("Rule").input_value() == rule
+        page.get_by_role("button", name="To the end").click()
+        page.get_by_text("Nothing is masked").wait_for()
+
+
+def test_going_to_the_first_step_asks_the_model_nothing_again(opened, demo_page):
+    page = opened(demo_page)
+    page.evaluate("""() => {
+        globalThis.asked = 0;
+        const real = look;
+        look = (...all) => (asked++, real(...all));
+    }""")
+    for _ in range(2):
+        page.get_by_role("button", name="Forward").click()
+    assert page.evaluate("asked") == 1

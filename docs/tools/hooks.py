@@ -163,4 +163,4 @@ def on_post_page(output: str, page: Page, **_: object) -> None:
 
 def on_post_build(config: MkDocsConfig) -> None:
     """Put the notebooks beside the pages."""
-    notebooks.write(Path(config.site_dir) / "notebooks")
+    notebooks.write(Path(config.site_dir) / "notebooks", config.extra["notebooks"])

@@ -59,10 +59,10 @@ def _prose_of(part: str) -> str:
     return _SOURCE_COMMENT.sub("", with_formulas).strip()
 
 
-def write(folder: Path) -> None:
-    """Write the notebooks into a folder, which is made if need be."""
+def write(folder: Path, of_pages: list[Path]) -> None:
+    """Write the notebooks of pages into a folder, which is made if need be."""
     folder.mkdir(parents=True, exist_ok=True)
-    for page in pages():
+    for page in of_pages:
         notebook = notebook_of(page.read_text("utf-8"))
         jupytext.write(notebook, folder / f"{page.stem}.ipynb")
 
@@ -70,4 +70,4 @@ def write(folder: Path) -> None:
 if __name__ == "__main__":
     if len(sys.argv) != 2:
         sys.exit("usage: python docs/tools/notebooks.py FOLDER")
-    write(Path(sys.argv[1]))
+    write(Path(sys.argv[1]), pages())

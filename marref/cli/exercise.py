@@ -72,6 +72,7 @@ def _start(parsed: argparse.Namespace) -> int:
 
     exercise = by_name(parsed.name)
     path = parsed.out or Path(exercise.file_name)
+    arguments.check_folder("--out", path)
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(exercise.stub())

@@ -87,7 +87,10 @@ def _called(module: ModuleType, part: Part, point: Point) -> dict[str, Array]:
 def _equal(before: Any, after: Any) -> bool:
     if not isinstance(before, dict | list | np.ndarray):
         return True
-    old, new = trees.flatten(before), trees.flatten(after)
+    try:
+        old, new = trees.flatten(before), trees.flatten(after)
+    except (TypeError, ValueError):  # what is there now is no tree
+        return False
     return old.keys() == new.keys() and all(np.array_equal(old[name], new[name]) for name in old)
 
 

@@ -36,11 +36,11 @@ class Part:
         Takes a generator and returns the arguments that the function is called with, one dict for
         each call.  Generic: no symmetry, no 0 and no 1 in which a mistake could hide.
     steps : dict of str to str
-        The step of the derivation to look at, by the outputs that are wrong, joined by blanks; or
-        by the first of them, where each has a step of its own.
+        The step of the derivation to look at, by the outputs that are wrong, in any order, joined
+        by blanks; or by each of them, where all have a step of their own.
     mistakes : dict of str to callable
-        Mistakes that the catalogue lacks, since nobody makes them in a port: what computes them, by
-        what is said of them.
+        Mistakes that the catalogue lacks, or names by what they are in a whole model: what computes
+        them, by what is said of them.
     """
 
     name: str

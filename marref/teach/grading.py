@@ -70,11 +70,14 @@ def exercise_of(file: Path, name: str | None = None) -> Exercise:
 
     Raises
     ------
+    FileNotFoundError
+        There is no such file.
     ValueError
-        There is no such exercise, or neither the file nor its name says which.
+        It is a folder, there is no such exercise, or neither the file nor its name says which.
     """
-    if not file.is_file():
+    if not file.exists():
         raise FileNotFoundError(f"{file}: no such file")
+    files.regular(file)
     if name is not None:
         return by_name(name)
     found = _NAMED.search(file.read_bytes()[:1000].decode("utf-8", "replace"))
@@ -105,8 +108,10 @@ def grade(file: Path, exercise: Exercise, time_limit: float) -> Grade:
     ------
     OSError
         There is no such file.
+    ValueError
+        It is a folder.
     """
-    file.read_bytes()
+    files.regular(file)
     with tempfile.TemporaryDirectory() as folder:
         ended = _run(file, exercise, folder, time_limit)
         return graded(exercise, Path(folder), ended)
@@ -202,7 +207,10 @@ def _said(part: Part, found: layers.LayerDiagnosis) -> str:
     lines = [finding.sentence for finding in found.findings if finding.mistakes]
     unnamed = [finding for finding in found.findings if not finding.mistakes]
     others = [finding.outputs[0] for finding in unnamed]
-    together = part.steps.get(" ".join(others))
+    wanted = set(others)
+    together = next(
+        (said for names, said in part.steps.items() if set(names.split()) == wanted), ""
+    )
     steps = part.steps if all(name in part.steps for name in others) else {}
     for finding in unnamed:
         name = finding.outputs[0]

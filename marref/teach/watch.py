@@ -24,7 +24,6 @@ from marref.training.checkpoints import discrete
 from marref.trees import Array, Tree
 
 PAGE = Path(__file__).parent / "page"
-SCRIPTS = ("mar.js", "decoder.js", "app.js")
 SMALL = 2_000_000
 """Bytes of a page up to which a step should take less than a tenth of a second."""
 

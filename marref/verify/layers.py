@@ -49,7 +49,8 @@ class Finding:
     outputs : tuple of str
         Their names.
     mistakes : tuple of str
-        All mistakes that compute exactly these numbers; none where no known one does.
+        Mistakes that compute exactly these numbers, of those that do the ones that explain most and
+        change least; none where no known one does.
     sentence : str
     """
 
@@ -140,7 +141,7 @@ def diagnose_layer(
     ('attention-gradient-unscaled',)
     """
     expected, given = (named(each, names) for each in (reference(**inputs), outputs))
-    check_fit(given, expected)
+    check_fit(given, expected, tolerance)
     return diagnose_points(
         [expected],
         [given],
@@ -228,7 +229,7 @@ def named(outputs: Any, names: tuple[str | None, ...]) -> dict[str, Array]:
     return found
 
 
-def check_fit(given: Arrays, expected: Arrays) -> None:
+def check_fit(given: Arrays, expected: Arrays, tolerance: float = TOLERANCE) -> None:
     """Raise ValueError unless all expected outputs are there, in their shapes."""
     for name, right in expected.items():
         if name not in given:
@@ -241,10 +242,10 @@ def check_fit(given: Arrays, expected: Arrays) -> None:
         if found.shape == right.shape:
             continue
         message = f"{name}: shape {list(found.shape)}, expected {list(right.shape)}"
-        if found.size == right.size and error(found.reshape(right.shape), right) <= TOLERANCE:
+        if found.size == right.size and error(found.reshape(right.shape), right) <= tolerance:
             message += "; the numbers are right"
         elif right.ndim > 1 and found.shape == right.mT.shape:
-            is_right = error(found.mT, right) <= TOLERANCE
+            is_right = error(found.mT, right) <= tolerance
             message += "; it is the right one transposed" if is_right else "; transposed?"
         raise ValueError(message)
 
@@ -287,13 +288,12 @@ def mistakes_in_shape(
     mistakes: Iterable[Candidate],
     given: Sequence[Arrays],
     expected: Sequence[Arrays],
-    tolerance: float = TOLERANCE,
 ) -> list[str]:
     """Say which mistakes compute exactly the outputs given, of which some have wrong shapes."""
     names = expected[0].keys()
     if not all(names <= arrays.keys() for arrays in given):
         return []
-    return [each.said for each in mistakes if _fits(each.outputs, given, names, tolerance)]
+    return [each.said for each in mistakes if _fits(each.outputs, given, names, TOLERANCE)]
 
 
 def _computed(call: Callable[[], Any], names: tuple[str | None, ...]) -> Arrays:
@@ -379,7 +379,7 @@ def _relation(name: str, pairs: Sequence[tuple[Arrays, Arrays]], tolerance: floa
     """Say what an array is beside the right ones, where that is simple; else nothing.
 
     It is that of the first point at which it is wrong.  A single number is always so many times
-    another: there all points tell the factor.
+    another: there all points at which it is wrong tell the factor.
     """
     found, expected = pairs[0][0][name], pairs[0][1]
     for other, array in expected.items():

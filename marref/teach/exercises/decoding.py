@@ -72,10 +72,8 @@ REVEAL_COUNTS = Exercise(
             {"counts": "masked after step k: max(1, min(m_{k-1} - 1, floor(N cos(πk/2K))))"},
             {
                 "floor of floating point: at k = 2K/3 the cosine is 1/2 exactly, and rounding may "
-                "lose a token there": _counts_of(
-                    lambda n, k, steps, m: max(
-                        1, min(m - 1, math.floor(n * math.cos(math.pi * k / (2 * steps))))
-                    )
+                "lose a token there": _cosine_at(
+                    lambda k, steps: math.pi * k / (2 * steps), above=0.0
                 ),
                 "K - 1 stands where K belongs, as if the last step's k were K - 1": _cosine_at(
                     lambda k, steps: math.pi / 2 * k / (steps - 1)
@@ -287,8 +285,8 @@ DECODING_STEP = Exercise(
                 "id 0 is taken for [MASK]; it is mask_token_id": lambda **point: decoding_step(
                     **{**point, "mask_token_id": 0}
                 ),
-                "the largest logit less itself is taken for the confidence: all are equal, and the "
-                "first positions come first": _step_with(
+                "masked positions are revealed from left to right; or all confidences are equal, "
+                "as the largest logit of each row less itself is": _step_with(
                     confidence_of=lambda z, p: z.max(axis=1) - z.max(axis=1)
                 ),
                 "the largest logit is taken for the confidence, without softmax": _step_with(

@@ -115,11 +115,16 @@ def _wave_of_each_feature(factor: int) -> Any:
     return table
 
 
-def _positions_with(change: Any) -> Any:
-    def table(length: int, embed_dim: int, positions: str) -> Array:
-        return np.asarray(change(_table, length, embed_dim, positions))
+def _layouts_swapped(length: int, embed_dim: int, positions: str) -> Array:
+    other = "interleaved" if positions == "concatenated" else "concatenated"
+    return _table(length, embed_dim, other)
 
-    return table
+
+def _sines_only(length: int, embed_dim: int, positions: str) -> Array:
+    table = _table(length, embed_dim, positions)
+    if positions == "interleaved":
+        return np.repeat(table[:, ::2], 2, axis=1)
+    return np.tile(table[:, : embed_dim // 2], 2)
 
 
 _table = positions.sinusoidal_table
@@ -151,16 +156,8 @@ POSITIONS = Exercise(
                 "and cosine of one i share w_i": _wave_of_each_feature(2),
                 "interleaved, the exponent is that of the feature, (2i + 1)/embed_dim of a cosine: "
                 "sine and cosine of one i share w_i": _wave_of_each_feature(1),
-                "the two layouts are taken for each other": _positions_with(
-                    lambda table, length, embed_dim, kind: table(
-                        length,
-                        embed_dim,
-                        "interleaved" if kind == "concatenated" else "concatenated",
-                    )
-                ),
-                "every feature is a sine: the cosines are missing": _positions_with(
-                    lambda table, length, embed_dim, kind: _sines_only(length, embed_dim, kind)
-                ),
+                "the two layouts are taken for each other": _layouts_swapped,
+                "every feature is a sine: the cosines are missing": _sines_only,
             },
         ),
     ),
@@ -172,11 +169,3 @@ POSITIONS = Exercise(
         "stack them along a new last axis and reshape.",
     ),
 )
-
-
-def _sines_only(length: int, embed_dim: int, kind: str) -> Array:
-    table = _table(length, embed_dim, kind)
-    sines = table[:, : embed_dim // 2] if kind == "concatenated" else table[:, ::2]
-    if kind == "concatenated":
-        return np.concatenate([sines, sines], axis=1)
-    return np.repeat(sines, 2, axis=1)

@@ -205,7 +205,7 @@ def _second_moment_unsquared(**point: Any) -> Any:
     grad, beta2 = point["grad"], point["beta2"]
     _, m, _ = optim.update(**point)
     v = beta2 * point["v"] + (1.0 - beta2) * grad
-    return _applied(point, m, v, np.sqrt), m, v
+    return _applied(point, m, v), m, v
 
 
 def _without_root(**point: Any) -> Any:
@@ -213,13 +213,16 @@ def _without_root(**point: Any) -> Any:
     return _applied(point, m, v, lambda x: x), m, v
 
 
-def _applied(point: Any, m: Array, v: Array, root: Any) -> Array:
-    corrected_m = m / (1.0 - point["beta1"] ** point["t"])
-    corrected_v = v / (1.0 - point["beta2"] ** point["t"])
-    direction = corrected_m / (root(corrected_v) + point["epsilon"])
-    param: Array = point["param"] - point["learning_rate"] * (
-        direction + point["weight_decay"] * point["param"]
-    )
+def _applied(point: Any, m: Array, v: Array, root: Any = np.sqrt) -> Array:
+    """Take the step of m and v, corrected, with another root."""
+    beta1, beta2, t = (point[name] for name in ("beta1", "beta2", "t"))
+    return _stepped(point, _unbiased(beta1, t, m), root(_unbiased(beta2, t, v)))
+
+
+def _stepped(point: Any, corrected_m: Array, root: Array) -> Array:
+    direction = corrected_m / (root + point["epsilon"])
+    decay = point["weight_decay"] * point["param"]
+    param: Array = point["param"] - point["learning_rate"] * (direction + decay)
     return param
 
 
@@ -229,9 +232,7 @@ def _corrected_by(change: Any) -> Any:
     def update(**point: Any) -> Any:
         _, m, v = optim.update(**point)
         corrected_m, corrected_v = change(point, m, v)
-        direction = corrected_m / (np.sqrt(corrected_v) + point["epsilon"])
-        decay = point["weight_decay"] * point["param"]
-        return point["param"] - point["learning_rate"] * (direction + decay), m, v
+        return _stepped(point, corrected_m, np.sqrt(corrected_v)), m, v
 
     return update
 
@@ -244,7 +245,7 @@ def _weights_swapped(**point: Any) -> Any:
     grad, beta1, beta2 = (point[name] for name in ("grad", "beta1", "beta2"))
     m = (1 - beta1) * point["m"] + beta1 * grad
     v = (1 - beta2) * point["v"] + beta2 * grad**2
-    return _applied(point, m, v, np.sqrt), m, v
+    return _applied(point, m, v), m, v
 
 
 def _decay_after_step(**point: Any) -> Any:
@@ -255,7 +256,7 @@ def _decay_after_step(**point: Any) -> Any:
 def _gradient_not_averaged(**point: Any) -> Any:
     m = point["beta1"] * point["m"] + point["grad"]
     _, _, v = optim.update(**point)
-    return _applied(point, m, v, np.sqrt), m, v
+    return _applied(point, m, v), m, v
 
 
 def _corrected_moments_kept(**point: Any) -> Any:

@@ -33,7 +33,7 @@ const SURE = 0.68;
 const page = {
   history: [], // [0] is the start, [k] the state after step k
   step: 0, // the one that is shown
-  seen: null, // the forward pass of that step: activations and logits
+  seen: null, // the forward pass of that step: its input, activations and logits
   selected: 0,
   columns: 1,
   latest: 0, // counts the requests to show a step, so that a later one ends an earlier one
@@ -112,10 +112,16 @@ function decode_again() {
   show_at(step);
 }
 
+// Let the model look at a state.
+function see(input) {
+  const { label, guidance_scale } = settings();
+  page.seen = { input, ...look(model.config, params, input.tokens, label, guidance_scale) };
+}
+
 function take_step() {
   const state = page.history.at(-1);
-  const { rule, draws, label, guidance_scale, seed } = settings();
-  page.seen = look(model.config, params, state.tokens, label, guidance_scale);
+  const { rule, draws, seed } = settings();
+  see(state);
   const number = state.number + 1;
   const length = state.tokens.length;
   const uniforms = draws ? uniforms_of(seed, number, FOR_TOKENS, length) : null;
@@ -129,7 +135,6 @@ function take_step() {
 async function show_at(step) {
   const ticket = ++page.latest;
   let paused = performance.now();
-  page.seen = null;
   // At step 0 the predictions of step 1 are shown.
   while (page.history.length <= Math.max(step, 1) && !is_done(page.history.at(-1))) {
     take_step();
@@ -143,10 +148,7 @@ async function show_at(step) {
     }
   }
   page.step = Math.min(step, page.history.length - 1);
-  if (page.seen === null || page.history.length - 1 !== Math.max(page.step, 1)) {
-    const { label, guidance_scale } = settings();
-    page.seen = look(model.config, params, input_of_step().tokens, label, guidance_scale);
-  }
+  if (page.seen?.input !== input_of_step()) see(input_of_step());
   show();
   at("status").textContent = sentence_of_step();
 }
@@ -592,11 +594,20 @@ function focus_selected() {
 // Start from other tokens, as many as there are.
 function start_from(tokens) {
   page.selected = Math.min(page.selected, tokens.length - 1);
+  offer_halton(is_square(tokens.length));
   const has_other_length = tokens.length !== shown_state()?.tokens.length;
   page.history = [start(tokens, settings().rule)];
   page.step = 0;
   if (has_other_length) make_grids();
   show_at(0);
+}
+
+// Only a square grid has that order; other lengths fall back to the default.
+function offer_halton(is_offered) {
+  at("rule").querySelector("[value=halton]").hidden = !is_offered;
+  if (is_offered || at("rule").value !== "halton") return;
+  at("rule").value = "confidence";
+  show_settings();
 }
 
 function on_text(event) {
@@ -643,8 +654,6 @@ function fill_controls() {
   for (const field of document.querySelectorAll(".of-classes")) {
     field.hidden = model.classes.length === 0;
   }
-  const is_square = Number.isInteger(Math.sqrt(model.length));
-  at("rule").querySelector("[value=halton]").hidden = !is_square;
   at("keys").append(words_of_keys());
 }
 

@@ -181,9 +181,14 @@ function places(priority) {
   return place;
 }
 
+function is_square(length) {
+  return Number.isInteger(Math.sqrt(length));
+}
+
 // Positions of a square grid in the order in which the Halton sequence first visits them.
 function halton(length) {
-  const side = Math.round(Math.sqrt(length));
+  if (!is_square(length)) throw new RangeError(`halton: length ${length}, expected a square`);
+  const side = Math.sqrt(length);
   const visited = new Set();
   for (let index = 1; visited.size < length; index++) {
     visited.add(digits_reversed(index, 2, side) * side + digits_reversed(index, 3, side));
